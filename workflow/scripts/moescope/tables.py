@@ -1,0 +1,207 @@
+"""The one schema of every result table: names, dtypes, keys, sort order. Writers and readers check against it.
+
+A table is known by the stem of its file: ``results/tiny-olmoe/700/heads.parquet`` is checked as ``heads``. Rows are
+sorted by the key, which is unique; scores are Float32; nothing depends on time, so equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import polars as pl
+
+from moescope import files
+from moescope.errors import MoescopeError
+
+ID, TEXT, COUNT, SCORE, FLAG = pl.Int32, pl.String, pl.Int64, pl.Float32, pl.Boolean
+#: Order in which kinds of neurons and components are sorted: alphabetical, as polars sorts strings.
+KINDS = ("dense", "routed", "shared")
+COMPONENTS = ("attn", "ffn")
+
+
+class TableError(MoescopeError):
+    """A table does not have the columns, dtypes, key or values its name promises."""
+
+
+@dataclass(frozen=True)
+class Schema:
+    """Columns of a table (a ``*`` in a name stands for a relation or another free part), its key and its nulls."""
+
+    columns: dict[str, pl.DataType]
+    key: tuple[str, ...]
+    nullable: frozenset[str] = field(default_factory=frozenset)
+
+    def expected(self, column: str) -> pl.DataType | None:
+        """The dtype of a column, None where the table has no such column."""
+        if column in self.columns:
+            return self.columns[column]
+        wildcards = (name for name in self.columns if "*" in name and fnmatch.fnmatchcase(column, name))
+        return next((self.columns[name] for name in wildcards), None)
+
+    @property
+    def required(self) -> list[str]:
+        return [name for name in self.columns if "*" not in name]
+
+
+_FFN_NEURON = {"layer": ID, "kind": TEXT, "expert": ID, "neuron": ID}
+_ATTN_NEURON = {"layer": ID, "head": ID, "neuron": ID}
+_GROUPS = {f"group_{g}": SCORE for g in range(10)}
+_INTERVAL = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+
+SCHEMAS: dict[str, Schema] = {
+    "prompts": Schema(
+        {
+            **{name: TEXT for name in ("prompt_id", "relation", "category", "subject", "object", "template", "text")},
+            "group": ID,
+        },
+        key=("prompt_id",),
+    ),
+    "predictions": Schema(
+        {
+            **{name: TEXT for name in ("prompt_id", "relation", "category", "subject", "object")},
+            "target_id": ID,
+            **{name: FLAG for name in ("single_token", "leaked", "boundary_merge")},
+            **{name: COUNT for name in ("rank", "rank_filtered")},
+            **{name: SCORE for name in ("log_prob", "log_prob_h0")},
+            "argmax_id": ID,
+        },
+        key=("prompt_id",),
+    ),
+    "layers": Schema(
+        {"prompt_id": TEXT, "layer": ID, "component": TEXT, "lpi": SCORE}, key=("prompt_id", "layer", "component")
+    ),
+    "heads": Schema({"prompt_id": TEXT, "layer": ID, "head": ID, "lpi": SCORE}, key=("prompt_id", "layer", "head")),
+    "ffn_neurons": Schema(
+        {
+            **_FFN_NEURON,
+            "active": COUNT,
+            "magnitude": SCORE,
+            "importance": SCORE,
+            "importance_*": SCORE,
+            "active_*": COUNT,
+        },
+        key=tuple(_FFN_NEURON),
+        nullable=frozenset({"expert"}),
+    ),
+    "attn_neurons": Schema({**_ATTN_NEURON, "importance": SCORE, "importance_*": SCORE}, key=tuple(_ATTN_NEURON)),
+    "ffn_groups": Schema({**_FFN_NEURON, **_GROUPS}, key=tuple(_FFN_NEURON), nullable=frozenset({"expert"})),
+    "attn_groups": Schema({**_ATTN_NEURON, **_GROUPS}, key=tuple(_ATTN_NEURON)),
+    "top_active": Schema(
+        {
+            "prompt_id": TEXT,
+            "component": TEXT,
+            "layer": ID,
+            "kind": TEXT,
+            "expert": ID,
+            "head": ID,
+            "neuron": ID,
+            "lpi": SCORE,
+        },
+        key=("prompt_id", "component", "layer", "kind", "expert", "head", "neuron"),
+        nullable=frozenset({"kind", "expert", "head"}),
+    ),
+    "active_sums": Schema(
+        {
+            "prompt_id": TEXT,
+            "component": TEXT,
+            "active": COUNT,
+            **{name: pl.Float64 for name in ("sum_positive", "sum_negative", "sum_positive_log")},
+        },
+        key=("prompt_id", "component"),
+    ),
+    "routing": Schema(
+        {
+            "prompt_id": TEXT,
+            "layer": ID,
+            "expert": ID,
+            "slot": ID,
+            **{name: SCORE for name in ("weight", "probability", "lpi")},
+        },
+        key=("prompt_id", "layer", "expert"),
+        nullable=frozenset({"slot"}),
+    ),
+    "exposure": Schema({"prompt_id": TEXT, "exposures": COUNT, "held_out": FLAG}, key=("prompt_id",)),
+    "training": Schema({"step": COUNT, "tokens": COUNT, "loss": pl.Float64, "lr": pl.Float64}, key=("step",)),
+    # results/attribution/<series>/: what the first figures show, with 95% intervals over subjects
+    "accuracy": Schema(
+        {
+            "step": COUNT,
+            "tokens": COUNT,
+            **{name: TEXT for name in ("subset", "scope", "name", "average", "metric")},
+            **_INTERVAL,
+            "prompts": COUNT,
+        },
+        key=("step", "subset", "scope", "name", "average", "metric"),
+        nullable=frozenset({"step", "tokens", "name", "low", "high"}),
+    ),
+    "layer_importance": Schema(
+        {"step": COUNT, "tokens": COUNT, "aggregate": TEXT, "layer": ID, "component": TEXT, **_INTERVAL},
+        key=("step", "aggregate", "layer", "component"),
+        nullable=frozenset({"step", "tokens", "layer", "low", "high"}),
+    ),
+    "top_experts": Schema(
+        {
+            "step": COUNT,
+            "relation": TEXT,
+            "rank": ID,
+            "layer": ID,
+            "expert": ID,
+            **_INTERVAL,
+            "routed": pl.Float64,
+            "elsewhere": pl.Float64,
+        },
+        key=("relation", "rank"),
+        nullable=frozenset({"step", "low", "high", "elsewhere"}),
+    ),
+}
+
+
+def check(frame: pl.DataFrame, name: str) -> pl.DataFrame:
+    """The frame in schema order, cast and sorted by its key.
+
+    Raises TableError on an unknown table, a missing or unknown column, a value that the dtype cannot hold, a null or
+    a non-finite number where none may stand, and a key that repeats.
+    """
+    if name not in SCHEMAS:
+        raise TableError(f"{name}: no such table; known are {', '.join(sorted(SCHEMAS))}")
+    schema = SCHEMAS[name]
+    if missing := [c for c in schema.required if c not in frame.columns]:
+        raise TableError(f"{name}: column {missing[0]} is missing")
+    if unknown := [c for c in frame.columns if schema.expected(c) is None]:
+        raise TableError(f"{name}: column {unknown[0]} is not part of the table")
+    free = [c for c in frame.columns if c not in schema.columns]
+    try:
+        frame = frame.select(pl.col(c).cast(schema.expected(c)) for c in [*schema.required, *free])
+    except pl.exceptions.PolarsError as error:
+        raise TableError(f"{name}: {error}") from error
+    for column in frame.columns:
+        values = frame[column]
+        if column not in schema.nullable and values.null_count():
+            raise TableError(f"{name}: column {column} holds {values.null_count()} nulls")
+        if values.dtype.is_float() and not values.drop_nulls().is_finite().all():
+            raise TableError(f"{name}: column {column} holds a number that is not finite")
+    if frame.select(schema.key).is_duplicated().any():
+        raise TableError(f"{name}: two rows share one {', '.join(schema.key)}")
+    return frame.sort(schema.key, nulls_last=True)
+
+
+def write(frame: pl.DataFrame, path: str | os.PathLike) -> None:
+    """Check the frame as the table its file is named after and put it there whole (temporary name, then moved)."""
+    frame = check(frame, Path(path).stem)
+    with files.atomic(path) as temporary:
+        frame.write_parquet(temporary, compression="zstd")
+
+
+def read(path: str | os.PathLike, columns: list[str] | None = None) -> pl.DataFrame:
+    """A result table, or some of its columns; refuses a file whose columns are not the table's."""
+    path = Path(path)
+    name = path.stem
+    if name not in SCHEMAS:
+        raise TableError(f"{path}: no such table; known are {', '.join(sorted(SCHEMAS))}")
+    schema, found = SCHEMAS[name], pl.read_parquet_schema(path)
+    if wrong := [c for c in schema.required if found.get(c) != schema.columns[c]]:
+        raise TableError(f"{path}: column {wrong[0]} is missing or of another type; delete the file and run again")
+    return pl.read_parquet(path, columns=columns)
