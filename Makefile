@@ -1,0 +1,51 @@
+# make run | test | resume | first-figure | report | lint | bench; every target sets up .venv first, once.
+PYTHON ?= python3.11
+CORES ?= all
+# More arguments for Snakemake or pytest: make run ARGS="--configfile configs/bring-your-own.yaml"
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/.ready
+FIRST := results/figures/attribution/tiny-olmoe/accuracy.png
+SNAKEFILES := Snakefile workflow/Snakefile workflow/rules
+
+.PHONY: setup run resume test lint bench report first-figure
+.DEFAULT_GOAL := run
+
+setup: $(READY)
+
+$(READY): requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not installed; install it or name another: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+run: $(READY)
+	$(BIN)/snakemake --cores $(CORES) $(ARGS)
+
+# After a kill: refuses while a run still owns the folder, unlocks it, goes on.
+resume: $(READY)
+	@$(BIN)/python -m moescope.resume
+	$(BIN)/snakemake --unlock $(ARGS)
+	$(BIN)/snakemake --cores $(CORES) $(ARGS)
+
+first-figure: $(READY)
+	$(BIN)/snakemake --cores $(CORES) $(ARGS) $(FIRST)
+	@echo $(FIRST)
+
+report: $(READY)
+	$(BIN)/snakemake --cores $(CORES) $(ARGS) results/report.html
+	@echo results/report.html
+
+test: $(READY)
+	$(BIN)/pytest $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/snakefmt --check $(SNAKEFILES)
+	$(BIN)/snakemake --lint
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py $(ARGS)

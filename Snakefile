@@ -1,0 +1,31 @@
+"""MoEscope: series of checkpoints and facts in, tables, figures and a report out."""
+
+from snakemake.utils import min_version
+
+min_version("9.27")
+
+
+configfile: workflow.current_basedir.join("config.yaml").get_path_or_uri(secret_free=True)
+
+
+include: "workflow/rules/common.smk"
+include: "workflow/rules/prompts.smk"
+include: "workflow/rules/checkpoints.smk"
+include: "workflow/rules/attribution.smk"
+include: "workflow/rules/report.smk"
+
+
+rule attribution:
+    input:
+        attribution_targets(),
+
+
+rule all:
+    default_target: True
+    input:
+        rules.attribution.input,
+        "results/report.html",
+
+
+onstart:
+    warn_of_code_trigger()

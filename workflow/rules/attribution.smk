@@ -1,0 +1,87 @@
+"""Attribution: one job a checkpoint gives all its tables; summaries of a series, their CSV and figures, without torch."""
+
+for kind, names in KINDS.items():
+
+    rule:
+        name:
+            f"attribute_{kind}"
+        input:
+            manifest="results/{series}/{step}/manifest.json",
+            prompts="results/prompts.parquet",
+        output:
+            **checkpoint_tables(kind),
+            provenance="results/{series}/{step}/provenance/attribute.json",
+        log:
+            "results/logs/attribute/{series}/{step}.log",
+        wildcard_constraints:
+            series=one_of(names),
+        conda:
+            "../../envs/lm.yaml"
+        params:
+            code=code("attribute.py"),
+            cfg=attribute_cfg,
+        message:
+            "Scoring checkpoint {wildcards.step} of {wildcards.series}"
+        script:
+            "../scripts/attribute.py"
+
+    rule:
+        name:
+            f"overview_{kind}"
+        input:
+            manifest=each_step("results/{series}/{step}/manifest.json"),
+            predictions=each_step("results/{series}/{step}/predictions.parquet"),
+            layers=each_step("results/{series}/{step}/layers.parquet"),
+            routing=last_routing,
+            exposure=exposure,
+            prompts="results/prompts.parquet",
+        output:
+            **series_tables(kind),
+        log:
+            "results/logs/overview/{series}.log",
+        wildcard_constraints:
+            series=one_of(names),
+        conda:
+            "../../envs/analysis.yaml"
+        params:
+            code=code("overview.py"),
+            cfg={"seed": PLAN.facts.seed},
+        message:
+            "Summarising {wildcards.series}"
+        script:
+            "../scripts/overview.py"
+
+
+rule table:
+    input:
+        "results/attribution/{series}/{table}.parquet",
+    output:
+        "results/tables/attribution/{series}/{table}.csv",
+    log:
+        "results/logs/table/{series}/{table}.log",
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        code=code("table.py"),
+    message:
+        "Writing table {wildcards.table} of {wildcards.series}"
+    script:
+        "../scripts/table.py"
+
+
+rule figure:
+    input:
+        figure_table,
+    output:
+        pdf="results/figures/attribution/{series}/{figure}.pdf",
+        png="results/figures/attribution/{series}/{figure}.png",
+    log:
+        "results/logs/figure/{series}/{figure}.log",
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        code=code("figure.py"),
+    message:
+        "Drawing {wildcards.figure} of {wildcards.series}"
+    script:
+        "../scripts/figure.py"

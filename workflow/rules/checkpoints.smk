@@ -1,0 +1,45 @@
+"""Checkpoints: the series that are trained here, and the manifest of every checkpoint (listing and hashes, no weights)."""
+
+for series in PRETRAINED:
+
+    rule:
+        name:
+            f"pretrain_{series.name}"
+        input:
+            relations=PLAN.facts.inputs,
+        output:
+            checkpoints=[path for paths in series.files.values() for path in paths],
+            exposure=f"results/{series.name}/exposure.parquet",
+            training=f"results/{series.name}/training.parquet",
+            provenance=f"results/{series.name}/provenance/pretrain.json",
+        log:
+            f"results/logs/pretrain/{series.name}.log",
+        priority: 1
+        conda:
+            "../../envs/lm.yaml"
+        params:
+            code=code("pretrain.py"),
+            cfg=pretrain_cfg(series),
+        message:
+            f"Training {series.name}"
+        script:
+            "../scripts/pretrain.py"
+
+
+rule manifest:
+    input:
+        checkpoint=checkpoint_files,
+        training=training_table,
+    output:
+        "results/{series}/{step}/manifest.json",
+    log:
+        "results/logs/manifest/{series}/{step}.log",
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        code=code("manifest.py"),
+        cfg=manifest_cfg,
+    message:
+        "Listing checkpoint {wildcards.step} of {wildcards.series}"
+    script:
+        "../scripts/manifest.py"

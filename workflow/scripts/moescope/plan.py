@@ -1,0 +1,111 @@
+"""What a configuration comes to on this disk: which checkpoints, made of which files, asked about which facts.
+
+Read while the Snakefile is parsed, so it imports no torch and refuses, before any job starts, what cannot succeed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from moescope import checkpoints, config, facts, pretraining
+from moescope.errors import MoescopeError
+
+RESULTS = "results"
+
+
+class PlanError(MoescopeError):
+    """The configuration is well formed, but this disk does not hold what it names."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """A series of checkpoints: its configuration, the selected steps, the files of every step that there is."""
+
+    name: str
+    entry: dict
+    steps: tuple[int, ...]
+    files: dict[int, tuple[str, ...]]
+    has_experts: bool
+
+    @property
+    def pretrained(self) -> bool:
+        return self.entry["source"] == "pretrain"
+
+    @property
+    def kind(self) -> str:
+        """``moe`` or ``dense``: which tables its checkpoints have."""
+        return "moe" if self.has_experts else "dense"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The effective configuration, its series by name, its facts."""
+
+    config: dict
+    series: dict[str, Series]
+    facts: facts.Facts
+
+    def of_kind(self, kind: str) -> list[str]:
+        """Names of the series with (``moe``) or without (``dense``) experts."""
+        return [series.name for series in self.series.values() if series.kind == kind]
+
+
+def read(raw: dict, root: str | os.PathLike) -> Plan:
+    """The plan of a configuration; ``root`` is the folder of the Snakefile, the working directory holds the rest.
+
+    Raises MoescopeError, one line, on anything that no job could put right.
+    """
+    effective = config.effective(raw)
+    asked = facts.choose(effective["relations"], root)
+    series = {entry["name"]: _series(i, entry) for i, entry in enumerate(effective["series"])}
+    _check_writable(Path(RESULTS))
+    return Plan(effective, series, asked)
+
+
+def _series(i: int, entry: dict) -> Series:
+    """The i-th series of the configuration."""
+    try:
+        found, has_experts = (_pretrained if entry["source"] == "pretrain" else _local)(entry)
+    except MoescopeError as error:
+        raise PlanError(f"series[{i}] ({entry['name']}): {error}") from None
+    steps = checkpoints.select_steps(f"series[{i}] ({entry['name']})", found, entry["steps"])
+    return Series(entry["name"], entry, tuple(steps), found, has_experts)
+
+
+def _pretrained(entry: dict) -> tuple[dict[int, tuple[str, ...]], bool]:
+    """The files that every step will have, and whether the model has experts."""
+    training = dataclasses.asdict(pretraining.Training.of(entry["training"]))
+    entry["training"] = {**training, "save_at": list(training["save_at"])}
+    folder = f"{RESULTS}/{entry['name']}/checkpoints"
+    found = {
+        step: tuple(f"{folder}/{step}/{file}" for file in pretraining.CHECKPOINT_FILES) for step in training["save_at"]
+    }
+    return found, "num_experts" in entry["shape"]
+
+
+def _local(entry: dict) -> tuple[dict[int, tuple[str, ...]], bool]:
+    """The files that every step has, and whether the model has experts."""
+    gguf_file = entry["gguf_file"]
+    directories = checkpoints.on_disk(entry["path"], gguf_file)
+    found = {
+        step: tuple(map(str, checkpoints.checkpoint_files(directory, gguf_file)))
+        for step, directory in directories.items()
+    }
+    if gguf_file:  # only models of the llama family, which have no experts, are read from GGUF
+        return found, False
+    return found, checkpoints.has_experts(checkpoints.read_config(directories[max(directories)]))
+
+
+def _check_writable(folder: Path) -> None:
+    """Raises PlanError unless files can be made in the folder, or in the one it would be made in; leaves nothing."""
+    while not os.path.lexists(folder):
+        folder = folder.absolute().parent
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise PlanError(f"{folder}: cannot be written ({error.strerror}); make it a writable folder") from None
