@@ -136,6 +136,30 @@ def figure_files(*ends):
     ]
 
 
+def report_cfg():
+    """What the report says of each series beside its tables."""
+    return [
+        {
+            "name": series.name,
+            "source": series.entry["source"],
+            "architecture": series.architecture,
+            "steps": list(series.steps),
+            "figures": figures_of(series.kind),
+        }
+        for series in PLAN.series.values()
+    ]
+
+
+def report_sources():
+    """The files that the page is made from: its template and captions."""
+    return sorted(path.relative_to(ROOT) for path in (ROOT / "workflow" / "report").iterdir())
+
+
+def last_files(name):
+    """A file of the last selected checkpoint of every series."""
+    return [f"results/{series.name}/{series.steps[-1]}/{name}" for series in PLAN.series.values()]
+
+
 def provenance_files():
     """How every checkpoint was scored, and how the series that are trained here were."""
     scored = "results/{series}/{step}/provenance/attribute.json"

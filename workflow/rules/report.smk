@@ -6,6 +6,8 @@ rule report:
         figures=figure_files("png"),
         tables=summary_tables(),
         provenance=provenance_files(),
+        manifests=last_files("manifest.json"),
+        predictions=last_files("predictions.parquet"),
     output:
         "results/report.html",
     log:
@@ -13,7 +15,8 @@ rule report:
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code("report.py"),
+        code=code("report.py", *report_sources()),
+        cfg=report_cfg(),
     message:
         "Writing the report"
     script:

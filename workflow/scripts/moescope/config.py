@@ -1,7 +1,7 @@
 """The configuration: checked against the schema, completed with its defaults, refused in one line.
 
-The schema (workflow/schemas/config.schema.yaml) is the home of keys, units and defaults. It is a plain JSON schema; only
-``x-cure`` is ours: what the error tells the user to do.
+The schema (workflow/schemas/config.schema.yaml) is the home of keys, units and defaults. It is a plain JSON schema;
+only ``x-cure`` is ours: what the error tells the user to do.
 """
 
 from __future__ import annotations
@@ -188,9 +188,7 @@ def _as_number(value: Any) -> str:
 def _check_name(series: list[dict], i: int) -> None:
     name, earlier = series[i]["name"], [entry["name"] for entry in series[:i]]
     if name in RESERVED:
-        raise ConfigError(
-            f"series[{i}].name: {name!r} is reserved for the workflow's own folders and targets; choose another"
-        )
+        raise ConfigError(f"series[{i}].name: {name!r} is reserved for a part of the workflow; choose another")
     if name in earlier:
         raise ConfigError(f"series[{i}].name: {name!r} already names series[{earlier.index(name)}]; choose another")
 

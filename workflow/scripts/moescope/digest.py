@@ -16,7 +16,7 @@ PACKAGE = "moescope"
 
 
 def code(adapter: str | Path, *data: str | Path) -> str:
-    """SHA-256 (hexadecimal) over an adapter, the library modules it imports, directly or through others, and data files.
+    """SHA-256 (hexadecimal) over an adapter, the library modules behind it, and data files that they read.
 
     The library is looked for beside the adapter. Only names and contents count, never where the files are. The
     package's own ``__init__`` is left out, because it only forwards names to modules, which are imported by their own.
@@ -43,9 +43,7 @@ def modules(adapter: str | Path) -> dict[str, Path]:
         for name in _imports(source):
             path = folder.joinpath(*name.split(".")).with_suffix(".py")
             if not path.is_file():
-                raise ImportError(
-                    f"{source.name}: {name} is no module of the library; import the module that defines it"
-                )
+                raise ImportError(f"{source.name}: {name} is no module of the library; import the one that defines it")
             if name not in found:
                 found[name] = path
                 waiting.append(path)

@@ -23,13 +23,14 @@ class PlanError(MoescopeError):
 
 @dataclass(frozen=True)
 class Series:
-    """A series of checkpoints: its configuration, the selected steps, the files of every step that there is."""
+    """A series of checkpoints: its configuration, the files of every step that there is, the selected steps."""
 
     name: str
     entry: dict
-    steps: tuple[int, ...]
-    files: dict[int, tuple[str, ...]]
+    architecture: str
     has_experts: bool
+    files: dict[int, tuple[str, ...]]
+    steps: tuple[int, ...] = ()
 
     @property
     def pretrained(self) -> bool:
@@ -68,27 +69,26 @@ def read(raw: dict, root: str | os.PathLike) -> Plan:
 
 def _series(i: int, entry: dict) -> Series:
     """The i-th series of the configuration."""
+    place = f"series[{i}] ({entry['name']})"
     try:
-        found, has_experts = (_pretrained if entry["source"] == "pretrain" else _local)(entry)
+        series = _pretrained(entry) if entry["source"] == "pretrain" else _local(entry)
     except MoescopeError as error:
-        raise PlanError(f"series[{i}] ({entry['name']}): {error}") from None
-    steps = checkpoints.select_steps(f"series[{i}] ({entry['name']})", found, entry["steps"])
-    return Series(entry["name"], entry, tuple(steps), found, has_experts)
+        raise PlanError(f"{place}: {error}") from None
+    steps = checkpoints.select_steps(place, series.files, entry["steps"])
+    return dataclasses.replace(series, steps=tuple(steps))
 
 
-def _pretrained(entry: dict) -> tuple[dict[int, tuple[str, ...]], bool]:
-    """The files that every step will have, and whether the model has experts."""
+def _pretrained(entry: dict) -> Series:
     training = dataclasses.asdict(pretraining.Training.of(entry["training"]))
     entry["training"] = {**training, "save_at": list(training["save_at"])}
     folder = f"{RESULTS}/{entry['name']}/checkpoints"
     found = {
         step: tuple(f"{folder}/{step}/{file}" for file in pretraining.CHECKPOINT_FILES) for step in training["save_at"]
     }
-    return found, "num_experts" in entry["shape"]
+    return Series(entry["name"], entry, entry["architecture"], "num_experts" in entry["shape"], found)
 
 
-def _local(entry: dict) -> tuple[dict[int, tuple[str, ...]], bool]:
-    """The files that every step has, and whether the model has experts."""
+def _local(entry: dict) -> Series:
     gguf_file = entry["gguf_file"]
     directories = checkpoints.on_disk(entry["path"], gguf_file)
     found = {
@@ -96,8 +96,10 @@ def _local(entry: dict) -> tuple[dict[int, tuple[str, ...]], bool]:
         for step, directory in directories.items()
     }
     if gguf_file:  # only models of the llama family, which have no experts, are read from GGUF
-        return found, False
-    return found, checkpoints.has_experts(checkpoints.read_config(directories[max(directories)]))
+        return Series(entry["name"], entry, "llama", False, found)
+    config = checkpoints.read_config(directories[max(directories)])
+    architecture = config.get("model_type", "unknown")
+    return Series(entry["name"], entry, architecture, checkpoints.has_experts(config), found)
 
 
 def _check_writable(folder: Path) -> None:

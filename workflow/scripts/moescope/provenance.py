@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -31,10 +32,8 @@ def write(path: str | os.PathLike, cfg: dict, **facts: Any) -> None:
 def record() -> dict[str, Any]:
     """Versions, git commit, machine, seconds since this module was imported, peak memory (bytes)."""
     return {
-        "moescope": moescope.__version__,
+        "versions": {"moescope": moescope.__version__, "python": platform.python_version(), **_packages()},
         "commit": commit(Path(__file__).parents[3]),
-        "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if name in sys.modules and (version := _version(name))},
         "machine": platform.machine(),
         "threads": int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
         "seconds": round(time.monotonic() - _STARTED, 1),
@@ -58,11 +57,14 @@ def commit(folder: Path) -> str | None:
         return None
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+def _packages() -> dict[str, str]:
+    """Versions of the packages that this process has imported."""
+    found = {}
+    for name in PACKAGES:
+        if name in sys.modules:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _peak_memory() -> int:

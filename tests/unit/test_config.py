@@ -1,0 +1,178 @@
+"""The configuration: defaults, one-line errors, and a schema that cannot drift from the code."""
+
+import copy
+import dataclasses
+
+import jsonschema
+import pytest
+import yaml
+
+from moescope import config, pretraining
+from tests.examples import ROOT
+
+LOCAL = {"name": "mine", "source": "local", "path": "runs/step*"}
+TRAINED = {"name": "mine", "source": "pretrain", "architecture": "olmoe"}
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))
+
+
+def one(entry: dict, **changes) -> dict:
+    return {"series": [{**entry, **changes}]}
+
+
+def refused(raw: object) -> str:
+    with pytest.raises(config.ConfigError) as error:
+        config.effective(raw)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def keys(part: dict, path: str = "") -> list[tuple[str, dict]]:
+    """Every key that the schema declares, with its schema."""
+    found = []
+    for name, child in part.get("properties", {}).items():
+        if set(child) - {"const", "enum"} and "$ref" not in child:  # what `if` compares is no declaration
+            found.append((f"{path}.{name}", child))
+        found += keys(child, f"{path}.{name}")
+    for branch in [*part.get("allOf", ()), *part.get("anyOf", ())]:
+        found += keys(branch, path) + keys(branch.get("then", {}), path)
+    if isinstance(part.get("items"), dict):
+        found += keys(part["items"], f"{path}[]")
+    return found
+
+
+SCHEMA = config.schema()
+DECLARED = keys(SCHEMA) + [key for name, part in SCHEMA["$defs"].items() for key in keys(part, name)]
+
+
+def test_the_schema_is_a_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    assert len(DECLARED) > 40  # the walk over it finds what there is
+
+
+@pytest.mark.parametrize(("path", "part"), DECLARED, ids=[path for path, _ in DECLARED])
+def test_every_key_is_described(path: str, part: dict):
+    assert len(part["description"]) > 10
+    if {"integer", "number"} & set(part.get("type", ())) or part.get("type") in ("integer", "number"):
+        unitless = path.endswith((".seed", "[]"))
+        assert unitless or "(" in part["description"], "a number says its unit in parentheses"
+
+
+@pytest.mark.parametrize(("path", "part"), [(path, part) for path, part in DECLARED if "default" in part])
+def test_a_default_is_allowed_by_its_own_key(path: str, part: dict):
+    if part["default"] != {}:
+        config._validator(part).validate(part["default"])
+
+
+def required(path: str) -> bool:
+    owner = path.split(".")[0]
+    part = SCHEMA["$defs"].get(owner, SCHEMA)
+    name = path.rsplit(".", 1)[1]
+    branches = [part, *part.get("properties", {}).get("steps", {}).get("anyOf", ())]
+    return any(name in branch.get("required", ()) for branch in branches)
+
+
+@pytest.mark.parametrize(("path", "part"), DECLARED, ids=[path for path, _ in DECLARED])
+def test_every_key_is_required_or_has_a_default(path: str, part: dict):
+    assert required(path) != ("default" in part)
+
+
+def test_defaults_of_the_training_are_those_of_the_library():
+    training = config.effective(one(TRAINED))["series"][0]["training"]
+    untold = {f.name: f.default for f in dataclasses.fields(pretraining.Training)}
+    assert training == untold
+
+
+@pytest.mark.parametrize("architecture", ["olmoe", "olmo", "qwen2_moe", "llama"])
+def test_default_shapes_are_keys_of_the_architecture(architecture: str):
+    from transformers import CONFIG_MAPPING
+
+    shape = config.effective(one(TRAINED, architecture=architecture))["series"][0]["shape"]
+    known = CONFIG_MAPPING[architecture]().to_dict()
+    assert shape.keys() <= known.keys()
+    assert shape["num_key_value_heads"] == shape["num_attention_heads"]
+
+
+def test_bring_your_own_is_its_own_keys_and_defaults():
+    raw = read("configs/bring-your-own.yaml")
+    own = {"name": "mine", "source": "local", "path": "runs/step*"}
+    assert raw == {"series": [own]}
+    assert config.effective(raw) == {
+        "series": [{**own, "steps": "all", "dtype": "auto", "gguf_file": None}],
+        "relations": {"source": "embedded", "names": "all", "seed": 0},
+        "attribution": {"target": "object", "uncertainty": "groups"},
+        "studies": [],
+    }
+
+
+def test_nothing_leaks_from_the_embedded_default():
+    """Snakemake merges a --configfile over config.yaml: maps merge, lists replace."""
+    own, embedded = read("configs/bring-your-own.yaml"), read("config.yaml")
+    assert embedded.keys() == {"series", "relations", "studies"}
+    merged = copy.deepcopy(embedded)
+    for key, value in own.items():
+        merged[key] = {**merged[key], **value} if isinstance(value, dict) else value
+    assert config.effective(merged) == config.effective(own)
+
+
+def test_the_embedded_default_has_three_small_models():
+    series = config.effective(read("config.yaml"))["series"]
+    assert {entry["name"]: entry["architecture"] for entry in series} == {
+        "tiny-olmoe": "olmoe",
+        "tiny-olmo": "olmo",
+        "tiny-qwen2-moe": "qwen2_moe",
+    }
+
+
+def test_the_raw_configuration_stays_as_it_is():
+    raw = one(TRAINED)
+    before = copy.deepcopy(raw)
+    config.effective(raw)
+    assert raw == before
+
+
+@pytest.mark.parametrize(
+    ("raw", "parts"),
+    [
+        (one(LOCAL, pth="x"), ["series[0].pth: unknown key", "did you mean 'path'?"]),
+        (one(LOCAL, architecture="olmoe"), ["series[0].architecture: unknown key", "known are"]),
+        ({"series": [{"name": "mine", "source": "local", "pth": "x"}]}, ["series[0].pth", "'path'"]),
+        ({"serie": []}, ["serie: unknown key", "'series'"]),
+        ({}, ["'series' is missing"]),
+        ({"series": [{"source": "local", "path": "x"}]}, ["series[0]", "'name' is missing"]),
+        ({"series": [{"name": "mine", "path": "x"}]}, ["series[0]", "'source' is missing", "pretrain", "local"]),
+        (one(LOCAL, source="hub"), ["series[0].source", "'hub'", "known are pretrain, local"]),
+        (one(LOCAL, dtype="bfloat"), ["series[0].dtype", "did you mean 'bfloat16'?"]),
+        (one(LOCAL, steps="lst"), ["series[0].steps", "{every: n}", "{nearest: [..]}"]),
+        (one(LOCAL, steps={"evry": 2}), ["series[0].steps", "{every: n}"]),
+        (one(LOCAL, steps={"every": 0}), ["series[0].steps", "{every: n}"]),
+        (one(LOCAL, name="my model"), ["series[0].name", "'my model'", "starts with a letter"]),
+        (one(LOCAL, name="figures"), ["series[0].name", "'figures' is reserved"]),
+        ({"series": [LOCAL, {**LOCAL, "path": "y"}]}, ["series[1].name", "'mine' already names series[0]"]),
+        (one(TRAINED, architecture="gpt2"), ["series[0].architecture", "olmoe"]),
+        (one(TRAINED, shape={"num_expert": 4}), ["series[0].shape.num_expert", "'num_experts'"]),
+        (one(TRAINED, architecture="olmo", shape={"num_experts": 4}), ["series[0].shape.num_experts: unknown key"]),
+        (one(TRAINED, shape={"hidden_size": 100}), ["series[0].shape.hidden_size", "8 heads"]),
+        (one(TRAINED, shape={"num_key_value_heads": 3}), ["series[0].shape.num_key_value_heads", "divisor"]),
+        (one(TRAINED, shape={"num_experts_per_tok": 64}), ["series[0].shape.num_experts_per_tok", "32 experts"]),
+        (one(TRAINED, training={"learning_rate": "2e-3"}), ["training.learning_rate", "write it as 0.002"]),
+        (one(TRAINED, training={"steps": 0}), ["series[0].training.steps", "minimum of 1"]),
+        (
+            {**one(LOCAL), "studies": ["dynamics"]},
+            ["studies", "no study is part of this version yet; leave the list empty"],
+        ),
+        ({**one(LOCAL), "relations": "lre"}, ["relations", "object expected"]),
+        ({**one(LOCAL), "relations": {"names": "colour"}}, ["relations.names", "a list of relation names"]),
+        (
+            {**one(LOCAL), "attribution": {"target": "subject"}},
+            ["attribution.target", "'subject'", "did you mean 'object'?"],
+        ),
+        ([], ["config"]),
+    ],
+)
+def test_an_error_is_one_line_with_the_key_and_the_cure(raw: object, parts: list[str]):
+    message = refused(raw)
+    assert all(part in message for part in parts), message

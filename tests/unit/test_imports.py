@@ -1,0 +1,110 @@
+"""What an import costs and what it may know: torch comes with a model, the Snakefile needs the standard library."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from tests.examples import ROOT
+
+LIBRARY = ROOT / "workflow" / "scripts" / "moescope"
+HEAVY = ("torch", "transformers", "polars", "numpy", "matplotlib")
+WITH_TORCH = {"attribution", "decomposition", "lpi", "precision"}
+MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
+
+
+def imported(statement: str) -> set[str]:
+    """The packages that are in memory after a statement in a fresh interpreter."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    environment = {"PYTHONPATH": str(LIBRARY.parent), "PATH": ""}
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    return set(result.stdout.split())
+
+
+def test_the_package_alone_imports_nothing():
+    assert not imported("import moescope; moescope.__version__") & {*HEAVY, "yaml", "jsonschema"}
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module not in WITH_TORCH])
+def test_no_torch_until_a_model_is_touched(module: str):
+    assert not imported(f"import moescope; moescope.{module}") & {"torch", "transformers"}
+
+
+def test_what_the_snakefile_imports_is_light():
+    names = imported("from moescope import digest, plan; from moescope.errors import MoescopeError")
+    assert not names & {*HEAVY, "jinja2", "scipy", "psutil"}
+
+
+def test_names_come_through_the_package():
+    assert "torch" in imported("import moescope; moescope.load; moescope.attribute")
+    with pytest.raises(subprocess.CalledProcessError):
+        imported("import moescope; moescope.no_such_thing")
+
+
+#: Modules from the ground up; each may import those above it in this list, never one below.
+ORDER = [
+    *("errors", "files", "tables", "relations", "targets", "statistics"),
+    *("digest", "job", "provenance", "resume", "config", "facts"),
+    *(
+        "checkpoints",
+        "decomposition",
+        "precision",
+        "lpi",
+        "attribution",
+        "pretraining",
+        "overview",
+        "plots",
+        "report",
+        "plan",
+    ),
+]
+
+
+def library_imports(module: str) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse((LIBRARY / f"{module}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "moescope":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moescope."):
+            found.add(node.module.removeprefix("moescope."))
+    return found
+
+
+def test_the_order_is_complete():
+    assert sorted(ORDER) == MODULES
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_imports_point_downwards(module: str):
+    assert library_imports(module) <= set(ORDER[: ORDER.index(module)])
+
+
+@pytest.mark.parametrize(
+    ("module", "unknown"),
+    [
+        ("relations", {"checkpoints", "attribution", "decomposition", "lpi", "pretraining"}),
+        ("checkpoints", {"attribution", "decomposition", "lpi"}),
+        ("pretraining", {"attribution", "decomposition", "lpi", "checkpoints"}),
+        ("decomposition", {"lpi", "overview"}),
+        ("lpi", {"files", "tables", "checkpoints", "decomposition"}),
+        ("attribution", {"overview", "plots", "report", "checkpoints"}),
+        ("plots", {"statistics", "overview"}),
+    ],
+)
+def test_what_a_module_must_not_know(module: str, unknown: set[str]):
+    assert not library_imports(module) & unknown
+
+
+def test_no_adapter_hides_a_module_of_python():
+    """Adapters lie on the path of every job, before the standard library."""
+    assert not {path.stem for path in LIBRARY.parent.glob("*.py")} & set(sys.stdlib_module_names)
+
+
+def test_adapters_are_short():
+    lengths = {path.name: len(path.read_text().splitlines()) for path in LIBRARY.parent.glob("*.py")}
+    assert max(lengths.values()) <= 45, lengths
+
+
+def test_the_snakefile_is_short():
+    assert len((ROOT / "Snakefile").read_text().splitlines()) < 40
