@@ -1,0 +1,301 @@
+"""Series of checkpoints: which steps there are, what a checkpoint consists of, its manifest, and loading it.
+
+Only the standard library is imported here, because the workflow asks for steps and files before any job runs; torch and
+transformers come with the first model that is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import json
+import math
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from moescope import files
+from moescope.errors import MoescopeError
+
+_STEP = re.compile(r"(?:^|[^a-z])(?:global[-_]?)?(?:step|checkpoint|ckpt|iter(?:ation)?)[-_=]?0*(\d+)", re.IGNORECASE)
+#: What belongs to a checkpoint in Hugging Face format, beside the weights.
+_SIDE_FILES = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
+#: Names of one quantity in the configurations of transformers, in order of preference.
+_SHAPE_KEYS = {
+    "layers": ("num_hidden_layers", "n_layer"),
+    "d": ("hidden_size", "n_embd"),
+    "heads": ("num_attention_heads", "n_head"),
+    "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
+    "K": ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
+    "I": ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim"),
+    "shared_I": ("shared_expert_intermediate_size", "shared_intermediate_size"),
+}
+_GGUF_KEYS = {
+    "layers": "block_count",
+    "d": "embedding_length",
+    "heads": "attention.head_count",
+    "experts": "expert_count",
+    "K": "expert_used_count",
+    "I": "feed_forward_length",
+}
+
+
+class CheckpointError(MoescopeError):
+    """A checkpoint or a series that is not there, not whole, or not to be trusted."""
+
+
+def step_of(name: str) -> int:
+    """The training step in a directory's name (``step1000-tokens4B``, ``checkpoint-500``, ``1000``); 0 without one."""
+    if name.isdigit():
+        return int(name)
+    match = _STEP.search(name)
+    return int(match[1]) if match else 0
+
+
+def on_disk(path: str, gguf_file: str | None = None) -> dict[int, Path]:
+    """The checkpoints that a path or a glob names, by step, ascending.
+
+    Raises CheckpointError where nothing matches, where a directory holds no checkpoint, and where two directories have
+    one step.
+    """
+    found: dict[int, Path] = {}
+    for directory in sorted(Path(p) for p in glob.glob(os.path.expanduser(path)) if os.path.isdir(p)):
+        step = step_of(directory.name)
+        if step in found:
+            raise CheckpointError(
+                f"{path}: {found[step]} and {directory} are both step {step}; narrow the pattern or rename one"
+            )
+        found[step] = directory
+    if not found:
+        raise CheckpointError(f"{path}: no checkpoint directory matches; correct the path of the series")
+    for directory in found.values():
+        checkpoint_files(directory, gguf_file)
+    return dict(sorted(found.items()))
+
+
+def checkpoint_files(directory: str | os.PathLike, gguf_file: str | None = None) -> list[Path]:
+    """The files that a checkpoint consists of: weights, configuration, tokenizer.
+
+    Raises CheckpointError where the configuration or the weights are missing, or come as pickles only.
+    """
+    directory = Path(directory)
+    if gguf_file is not None:
+        if not (directory / gguf_file).is_file():
+            raise CheckpointError(f"{directory}: has no file {gguf_file}; correct gguf_file or the path of the series")
+        return [directory / gguf_file]
+    if not (directory / "config.json").is_file():
+        cure = "name the GGUF file in gguf_file" if any(directory.glob("*.gguf")) else "correct the path of the series"
+        raise CheckpointError(f"{directory}: has no config.json, so it is no Hugging Face checkpoint; {cure}")
+    weights = sorted(directory.glob("*.safetensors"))
+    if not weights:
+        pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
+        what = "its weights are pickles, which can run code; save them as" if pickled else "has no weights; put in"
+        raise CheckpointError(f"{directory}: {what} safetensors (model.save_pretrained does)")
+    return [*(directory / name for name in _SIDE_FILES if (directory / name).is_file()), *weights]
+
+
+def select_steps(series: str, available: Iterable[int], steps: Any = "all") -> list[int]:
+    """The steps of a series that a ``steps`` entry of the configuration asks for, ascending.
+
+    ``all``; ``last``; a list; ``{every: n}`` (every n-th one listed, from the first); ``{log: n}`` (n log-spaced ones
+    among the positive steps, each snapped to the nearest); ``{nearest: [..]}`` (ties to the earlier). Raises
+    CheckpointError on a step that is not there, naming its neighbours, and on a series without steps.
+    """
+    available = sorted(available)
+    if not available:
+        raise CheckpointError(f"{series}: the series has no checkpoints")
+    if steps == "all":
+        return available
+    if steps == "last":
+        return available[-1:]
+    if isinstance(steps, Mapping):
+        ((kind, value),) = steps.items()
+        if kind == "every":
+            return available[::value]
+        if kind == "log":
+            return _log_spaced(available, value)
+        return sorted({min(available, key=lambda s: (abs(s - wanted), s)) for wanted in value})
+    for step in steps:
+        if step not in available:
+            near = sorted(sorted(available, key=lambda s: abs(s - step))[:4])
+            raise CheckpointError(
+                f"{series}: step {step} is not in the series; its neighbours are {', '.join(map(str, near))}"
+            )
+    return sorted(set(steps))
+
+
+def _log_spaced(available: list[int], n: int) -> list[int]:
+    positive = [s for s in available if s > 0] or available
+    if n == 1 or len(positive) <= 1:
+        return positive[-1:]
+    first, last = math.log(positive[0]), math.log(positive[-1])
+    wanted = [first + (last - first) * i / (n - 1) for i in range(n)]
+    return sorted({min(positive, key=lambda s: (abs(math.log(s) - w), s)) for w in wanted})
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a model of this configuration routes between experts."""
+    return bool(_first(config, _SHAPE_KEYS["experts"]))
+
+
+def read_config(directory: str | os.PathLike) -> dict:
+    """The configuration of a checkpoint in Hugging Face format (the text part of a multimodal one)."""
+    path = Path(directory) / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from error
+    return config.get("text_config", config)
+
+
+def manifest(
+    series: str,
+    step: int,
+    source: str,
+    directory: str | os.PathLike,
+    gguf_file: str | None = None,
+    tokens: int | None = None,
+) -> dict:
+    """What a checkpoint is, without its weights: shape, size and sha256 of every file.
+
+    ``tokens``: seen in training until then, None where unknown. Raises CheckpointError on a damaged file.
+    """
+    paths = checkpoint_files(directory, gguf_file)
+    shape = _gguf_shape(paths[0]) if gguf_file else _shape(directory, paths)
+    return {
+        "series": series,
+        "step": step,
+        "tokens": tokens,
+        "source": source,
+        "directory": str(directory),
+        "gguf_file": gguf_file,
+        "shape": shape,
+        "revision": None,
+        "commit": None,
+        "files": {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in paths},
+    }
+
+
+def _shape(directory: str | os.PathLike, paths: list[Path]) -> dict[str, int | None]:
+    config = read_config(directory)
+    shape = {name: _first(config, keys) for name, keys in _SHAPE_KEYS.items()}
+    if not shape["experts"]:
+        shape |= {"experts": 0, "K": 0, "I": _first(config, ("intermediate_size", "n_inner", "ffn_dim"))}
+    elif not shape["shared_I"] and (shared := _first(config, ("n_shared_experts", "num_shared_experts"))):
+        shape["shared_I"] = shared * shape["I"]
+    shape["shared_I"] = shape["shared_I"] or 0
+    headers = [safetensors_header(p) for p in paths if p.suffix == ".safetensors"]
+    return shape | {"parameters": sum(math.prod(t["shape"]) for header in headers for t in header.values())}
+
+
+def _gguf_shape(path: Path) -> dict[str, int | None]:
+    from gguf import GGUFReader  # reads the whole token list: seconds, and only where a GGUF file is used
+
+    try:
+        reader = GGUFReader(path)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as GGUF ({error}); fetch the file again") from error
+    architecture = reader.fields["general.architecture"].contents()
+    fields = {name: reader.fields.get(f"{architecture}.{key}") for name, key in _GGUF_KEYS.items()}
+    shape = {name: field.contents() if field else None for name, field in fields.items()}
+    parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    return shape | {"experts": shape["experts"] or 0, "K": shape["K"] or 0, "shared_I": 0, "parameters": parameters}
+
+
+def _first(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
+    return next((config[name] for name in names if isinstance(config.get(name), int)), None)
+
+
+def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
+    """Name -> dtype and shape of the tensors of a safetensors file. Raises CheckpointError where it is cut or no such file."""
+    size = os.path.getsize(path)
+    try:
+        with open(path, "rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size - 8:
+                raise ValueError("the header is cut")
+            header = json.loads(file.read(length))
+    except (ValueError, struct.error) as error:
+        raise CheckpointError(f"{path}: is no whole safetensors file ({error}); fetch it again") from error
+    header.pop("__metadata__", None)
+    if any(8 + length + tensor["data_offsets"][1] > size for tensor in header.values()):
+        raise CheckpointError(f"{path}: is cut short; fetch it again")
+    return header
+
+
+@contextlib.contextmanager
+def acquire(entry: Mapping[str, Any]) -> Iterator[Path]:
+    """The directory of the checkpoint that a manifest describes, while the block runs.
+
+    Raises CheckpointError where a file is gone or has another size than the manifest says.
+    """
+    directory = Path(entry["directory"])
+    for name, facts in entry["files"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != facts["bytes"]:
+            raise CheckpointError(f"{path}: is not the file of the manifest any more; run the workflow again")
+    yield directory
+
+
+def load(
+    directory: str | os.PathLike, dtype: str = "auto", device: str = "cpu", gguf_file: str | None = None
+) -> tuple[Any, Any]:
+    """(model, tokenizer) of a checkpoint on disk: safetensors or GGUF, no code of the checkpoint is run.
+
+    ``dtype`` is what the weights are stored in: ``auto`` keeps that of the files (GGUF: dequantised to float32). Raises
+    CheckpointError where weights are missing, have the wrong shape, or hold a NaN or an infinity.
+    """
+    os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # parallel loading holds up to half the model twice
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = Path(directory)
+    paths = checkpoint_files(directory, gguf_file)
+    source = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
+    stored = getattr(torch, _stored_dtype(paths) if dtype == "auto" else dtype)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=stored, local_files_only=True, output_loading_info=True, **source
+        )
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, **({"gguf_file": gguf_file} if gguf_file else {})
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{directory}: cannot be loaded ({reason}); fetch it again or leave the step out"
+        ) from error
+    for problem in ("missing_keys", "mismatched_keys"):
+        if info.get(problem):
+            first = sorted(map(str, info[problem]))[0]
+            raise CheckpointError(
+                f"{directory}: {problem.replace('_', ' ')}, {first} first; the checkpoint is not whole"
+            )
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise CheckpointError(
+                f"{directory}: {name} holds a NaN or an infinity; fetch the checkpoint again or leave the step out"
+            )
+    return model.eval().to(device), tokenizer
+
+
+def _stored_dtype(paths: list[Path]) -> str:
+    """The floating dtype of all weights, float32 where they differ or come as GGUF."""
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    weights = [p for p in paths if p.suffix == ".safetensors"]
+    found = {tensor["dtype"] for path in weights for tensor in safetensors_header(path).values()} & names.keys()
+    return names[found.pop()] if len(found) == 1 else "float32"

@@ -1,0 +1,59 @@
+"""Float32 computation on weights stored in any dtype, one block of the model in float32 at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from moescope.decomposition import layers_of
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """Matrix products of float32 tensors in full float32: TF32 and bfloat16 shortcuts off, settings restored after."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        if torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest":
+            raise RuntimeError("float32 products are not exact: another library switches TF32 or bfloat16 on")
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def computing_in_float32(model: nn.Module) -> Iterator[None]:
+    """Upcast each layer, embedding, norm and head just while it runs; the stored tensors come back after it.
+
+    Bit-identical to a float32 model of the same weights, at the memory of one block. A model stored in float32 is left
+    alone. (Never cast a model as a whole: that would round its rotary buffers.)
+    """
+    layers = set(layers_of(model))
+    inside = {m for layer in layers for m in layer.modules()}
+    owners = [m for m in model.modules() if m not in inside and next(m.parameters(recurse=False), None) is not None]
+    stored: dict[nn.Module, list] = {}
+
+    def up(module: nn.Module, *_: object) -> None:
+        stored[module] = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
+        for parameter, data in stored[module]:
+            parameter.data = data.float()
+
+    def down(module: nn.Module, *_: object) -> None:
+        for parameter, data in stored.pop(module, ()):
+            parameter.data = data
+
+    handles = []
+    for module in (*owners, *layers):
+        if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+            # first in, last out: other hooks see the float32 weights
+            handles.append(module.register_forward_pre_hook(up, prepend=True))
+            handles.append(module.register_forward_hook(down, always_call=True))
+    try:
+        with exact_products():
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
