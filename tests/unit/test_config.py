@@ -168,7 +168,7 @@ def test_the_raw_configuration_stays_as_it_is():
         ({**one(LOCAL), "relations": {"names": "colour"}}, ["relations.names", "a list of relation names"]),
         (
             {**one(LOCAL), "attribution": {"target": "subject"}},
-            ["attribution.target", "'subject'", "did you mean 'object'?"],
+            ["attribution.target", "'subject'", "mean 'object'?"],
         ),
         ([], ["config"]),
     ],

@@ -1,0 +1,108 @@
+"""Running the workflow as a user would, and reading what it announces."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tests.examples import ROOT
+
+SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+TRAINING = {"steps": 12, "batch": 4, "length": 32, "vocabulary": 300}
+#: A mixture of experts, scored at three of its four checkpoints, and a dense model, scored at its last.
+CONFIG = {
+    "series": [
+        {
+            "name": "moe",
+            "source": "pretrain",
+            "architecture": "olmoe",
+            "shape": {**SHAPE, "intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2},
+            "training": {**TRAINING, "save_at": [0, 4, 8, 12]},
+            "steps": [0, 4, 12],
+        },
+        {
+            "name": "dense",
+            "source": "pretrain",
+            "architecture": "olmo",
+            "shape": {**SHAPE, "intermediate_size": 32},
+            "training": {**TRAINING, "save_at": [0, 12]},
+            "steps": "last",
+        },
+    ],
+    "relations": {"source": "facts.csv"},
+}
+
+
+def snakemake(
+    folder: Path, *arguments: str, root: Path = ROOT, config: dict | None = None
+) -> subprocess.CompletedProcess:
+    """Run Snakemake in a folder on the workflow in ``root``, as a user would: nothing but its own environment."""
+    if config is not None:
+        (folder / "config-of-test.yaml").write_text(yaml.safe_dump(config))
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+    if (folder / "config-of-test.yaml").exists():
+        command += ["--configfile", "config-of-test.yaml"]
+    command += arguments
+    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+
+
+def environment() -> dict[str, str]:
+    """The environment without what pytest or a developer added to it."""
+    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SNAKEMAKE_PROFILE")}
+
+
+def planned(folder: Path, *arguments: str, root: Path = ROOT, config: dict | None = None) -> dict[str, int]:
+    """Number of jobs by rule that a dry run announces, targets that only collect aside; empty where nothing is."""
+    result = snakemake(folder, "--dry-run", *arguments, root=root, config=config)
+    assert result.returncode == 0, result.stdout + result.stderr
+    text = result.stdout + result.stderr
+    if "Nothing to be done" in text:
+        return {}
+    table = re.search(r"^Job stats:\njob +count\n[- ]+\n(.*?)^total", text, re.MULTILINE | re.DOTALL)
+    assert table, text
+    jobs = {name: int(count) for name, count in (line.split() for line in table[1].splitlines())}
+    return {name: count for name, count in jobs.items() if name not in ("all", "default", "attribution")}
+
+
+def succeeds(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:
+    """A run that must end well."""
+    result = snakemake(folder, *arguments, **options)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def files_below(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file of the results with its size and the time of its last change; logs aside."""
+    found = (path for path in sorted((folder / "results").rglob("*")) if path.is_file())
+    wanted = ((path.relative_to(folder), path.stat()) for path in found)
+    return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in wanted if path.parts[1] != "logs"}
+
+
+def clone(target: Path) -> Path:
+    """The workflow as a fresh clone would have it: the files that git knows or would add, with new times."""
+    if (ROOT / ".git").exists():
+        command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+        for name in filter(None, names):
+            if (ROOT / name).is_file():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, target / name)
+    else:
+        for name in ("Snakefile", "config.yaml", "Makefile"):
+            shutil.copyfile(ROOT / name, target / name)
+        for name in ("workflow", "profiles", "envs", "resources", "configs"):
+            shutil.copytree(ROOT / name, target / name, copy_function=shutil.copyfile)
+    return target
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A folder in which everything has been built, and what Snakemake printed."""
+
+    folder: Path
+    output: str

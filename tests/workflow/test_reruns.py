@@ -1,0 +1,165 @@
+"""Only what changed runs again, under every profile: what each change makes the workflow do, told by dry runs."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.examples import FACTS, ROOT, write_facts
+from tests.workflow.running import CONFIG, Finished, planned, snakemake, succeeds
+
+#: All that hangs on the scores of a series, by rule: summaries, their CSV files, figures, the report.
+MOE_SUMMARIES = {"overview_moe": 1, "table": 3, "figure": 4, "report": 1}
+ALL_SUMMARIES = {"overview_moe": 1, "overview_dense": 1, "table": 5, "figure": 7, "report": 1}
+
+
+def edit(path: Path, text: str = "# edited\n") -> None:
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def changed(**series_changes: dict) -> dict:
+    """The configuration with some keys of some series changed."""
+    config = copy.deepcopy(CONFIG)
+    for entry in config["series"]:
+        entry.update(series_changes.get(entry["name"], {}))
+    return config
+
+
+def test_a_fresh_clone_with_the_results_reruns_nothing(fresh_clone: Path, profile):
+    assert planned(fresh_clone, *profile(fresh_clone), root=fresh_clone) == {}
+
+
+def test_touching_every_file_reruns_nothing(fresh_clone: Path, profile):
+    """Inputs get newer times than what was made of them: results last first, then sources, config and facts."""
+    results = sorted((path for path in (fresh_clone / "results").rglob("*") if path.is_file()), reverse=True)
+    sources = [path for name in ("workflow", "profiles", "resources") for path in (fresh_clone / name).rglob("*")]
+    others = [fresh_clone / name for name in ("Snakefile", "config.yaml", "facts.csv", "config-of-test.yaml")]
+    for i, path in enumerate([*results, *sources, *others]):
+        os.utime(path, (2e9 + i, 2e9 + i))
+    assert planned(fresh_clone, *profile(fresh_clone), root=fresh_clone) == {}
+
+
+@pytest.mark.parametrize(
+    ("source", "jobs"),
+    [
+        ("scripts/moescope/plots.py", {"figure": 7, "report": 1}),
+        ("scripts/figure.py", {"figure": 7, "report": 1}),
+        ("report/accuracy.rst", {"report": 1}),
+        ("scripts/moescope/report.py", {"report": 1}),
+        ("scripts/moescope/overview.py", ALL_SUMMARIES),
+        ("scripts/moescope/lpi.py", {"attribute_moe": 3, "attribute_dense": 1, **ALL_SUMMARIES}),
+        ("scripts/moescope/config.py", {}),
+        ("scripts/moescope/plan.py", {}),
+        ("rules/attribution.smk", {}),
+    ],
+    ids=lambda value: Path(value).name if isinstance(value, str) else "",
+)
+def test_an_edited_source_reruns_what_it_can_have_changed(fresh_clone: Path, profile, source: str, jobs: dict):
+    edit(fresh_clone / "workflow" / source, "\n.. edited\n" if source.endswith(".rst") else "# edited\n")
+    assert planned(fresh_clone, *profile(fresh_clone), root=fresh_clone) == jobs
+
+
+def test_an_edit_of_pretraining_trains_again(fresh_clone: Path, profile):
+    edit(fresh_clone / "workflow/scripts/moescope/pretraining.py")
+    jobs = planned(fresh_clone, *profile(fresh_clone), root=fresh_clone)
+    assert jobs == {
+        "pretrain_moe": 1,
+        "pretrain_dense": 1,
+        "manifest": 4,
+        "attribute_moe": 3,
+        "attribute_dense": 1,
+        **ALL_SUMMARIES,
+    }
+
+
+def test_new_steps_run_only_themselves(finished: Finished, copied: Path, profile):
+    jobs = planned(copied, *profile(ROOT), config=changed(moe={"steps": "all"}))
+    assert jobs == {"manifest": 1, "attribute_moe": 1, **MOE_SUMMARIES}
+
+
+def test_fewer_steps_run_summaries_only(copied: Path, profile):
+    jobs = planned(copied, *profile(ROOT), config=changed(moe={"steps": [4, 12]}))
+    assert jobs == MOE_SUMMARIES
+
+
+def test_another_precision_scores_that_series_alone(copied: Path):
+    jobs = planned(copied, config=changed(moe={"dtype": "bfloat16"}))
+    assert jobs == {"attribute_moe": 3, **MOE_SUMMARIES}
+
+
+def test_one_series_less_keeps_the_other(copied: Path):
+    config = changed()
+    del config["series"][1]
+    assert planned(copied, config=config) == {"report": 1}
+
+
+def test_a_new_fact_is_trained_on_and_asked(copied: Path):
+    write_facts(copied / "facts.csv", [*FACTS, ("colour", "plum", "purple", "The colour of a {} is", "things")])
+    jobs = planned(copied)
+    assert jobs.items() >= {"prompts": 1, "pretrain_moe": 1, "pretrain_dense": 1, "attribute_moe": 3}.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "jobs"),
+    [
+        ("moe/4/heads.parquet", {"attribute_moe": 1, **MOE_SUMMARIES}),
+        ("attribution/dense/accuracy.parquet", {"overview_dense": 1, "table": 2, "figure": 3, "report": 1}),
+        ("tables/attribution/moe/accuracy.csv", {"table": 1}),
+        ("figures/attribution/moe/accuracy.pdf", {"figure": 1, "report": 1}),
+        ("report.html", {"report": 1}),
+    ],
+)
+def test_a_deleted_result_is_made_again(copied: Path, profile, name: str, jobs: dict):
+    (copied / "results" / name).unlink()
+    assert planned(copied, *profile(ROOT)) == jobs
+
+
+def test_a_deleted_table_comes_back_the_same(copied: Path):
+    table = copied / "results/tables/attribution/moe/accuracy.csv"
+    before = table.read_bytes()
+    table.unlink()
+    succeeds(copied, "--cores", "1")
+    assert table.read_bytes() == before
+
+
+def test_a_local_series_computes_only_its_new_checkpoints(copied: Path):
+    """Checkpoints on the user's disk, one more later, one that changed, one that was only touched."""
+    trained = copied / "results/moe/checkpoints"
+    shutil.copytree(trained / "4", copied / "runs/step4")
+    local = {"name": "mine", "source": "local", "path": "runs/step*"}
+    config = {**CONFIG, "series": [*CONFIG["series"], local]}
+    assert planned(copied, config=config) == {"manifest": 1, "attribute_moe": 1, **MOE_SUMMARIES}
+    succeeds(copied, "--cores", "2")
+    manifest = json.loads((copied / "results/mine/4/manifest.json").read_text())
+    assert (manifest["step"], manifest["tokens"], manifest["source"]) == (4, None, "local")
+    assert planned(copied) == {}
+    shutil.copytree(trained / "12", copied / "runs/step12")
+    assert planned(copied) == {"manifest": 1, "attribute_moe": 1, **MOE_SUMMARIES}
+    shutil.rmtree(copied / "runs/step12")
+    (copied / "runs/step4/model.safetensors").touch()
+    assert planned(copied) == {}
+    shutil.copyfile(trained / "12/model.safetensors", copied / "runs/step4/model.safetensors")
+    assert planned(copied) == {"manifest": 1, "attribute_moe": 1, **MOE_SUMMARIES}
+
+
+def test_every_profile_keeps_the_promise():
+    for path in sorted((ROOT / "profiles").glob("*/config.yaml")):
+        settings = yaml.safe_load(path.read_text())
+        assert set(settings["rerun-triggers"]) == {"mtime", "params", "input", "software-env"}, path
+        assert settings["rerun-incomplete"] is True, path
+        assert settings["max-checksum-file-size"], path
+
+
+def test_one_core_more_or_a_gpu_reruns_nothing(finished: Finished):
+    for arguments in (
+        ["--cores", "1"],
+        ["--set-threads", "attribute_moe=2"],
+        ["--set-resources", "attribute_moe:gpu=1"],
+    ):
+        assert planned(finished.folder, *arguments) == {}
+    assert snakemake(finished.folder, "--summary").returncode == 0
