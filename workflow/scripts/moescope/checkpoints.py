@@ -221,7 +221,7 @@ def _first(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
 
 
 def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
-    """Name -> dtype and shape of the tensors of a safetensors file. Raises CheckpointError where it is cut or no such file."""
+    """Name -> dtype and shape of the tensors of a safetensors file; CheckpointError where it is none, or cut short."""
     size = os.path.getsize(path)
     try:
         with open(path, "rb") as file:

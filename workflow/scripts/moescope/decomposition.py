@@ -108,9 +108,9 @@ class LayerTrace:
     """What one layer did at the last position of P prompts (float32).
 
     ``residual_in``, ``residual_out`` [P, hidden]; ``bases`` the residual each branch reads, [P, hidden];
-    ``coefficients`` [P, n] per site, [P, K, I] for routed experts; ``index`` and ``weight`` [P, K] the routed experts in
-    ascending order and the weights really used; ``probability`` [P, E] the router's, before the choice of the top k;
-    ``gates`` [P, 1] of gated sites.
+    ``coefficients`` [P, n] per site, [P, K, I] for routed experts; ``index`` and ``weight`` [P, K] the routed experts
+    in ascending order and the weights really used; ``probability`` [P, E] the router's, before the choice of the top
+    k; ``gates`` [P, 1] of gated sites.
     """
 
     residual_in: Tensor | None = None
@@ -265,17 +265,15 @@ class Trace:
 
     def verified(self) -> float:
         """The error, or DecompositionError where it exceeds the tolerance: such a model is never scored."""
+        name = type(self.decomposition.model).__name__
         error = float("inf") if self._misread() else self.error()
         if not error <= TOLERANCE:
-            name = type(self.decomposition.model).__name__
             raise DecompositionError(
                 f"{name}: contributions miss the residual stream by {error:.1e} of a layer's update "
                 f"(allowed: {TOLERANCE:.0e}); this architecture or these weights are not supported"
             )
         if not all(_softmax_router(record) for record in self.layers if record.index is not None):
-            raise DecompositionError(
-                f"{name}: router weights are not shares of a softmax over all experts; not supported"
-            )
+            raise DecompositionError(f"{name}: router weights are no shares of a softmax over all experts; not supported")
         return error
 
 
@@ -314,7 +312,7 @@ class FinalNorm:
     def of(cls, norm: nn.Module, probe: Tensor) -> FinalNorm:
         """Measure a norm; ``probe`` [d] is zeros of the right size and device."""
         one = torch.ones_like(probe)
-        spread = torch.linspace(-1, 1, len(probe), device=probe.device) + 0.5 / len(probe)
+        spread = one - 2 * (torch.arange(len(probe), device=probe.device) % 2)  # +1, -1, ...: nowhere near 0
         spread = spread - spread.mean()
         spread = spread / spread.square().mean().sqrt()  # mean 0, mean square 1: the same for both kinds of norm
         bias = norm(probe[None])[0].float()

@@ -9,10 +9,11 @@ so a vector c v added to r changes them by m b with b = W v, m = s c, and with p
     LPI = log p(t | r + c v) - log p(t | r) = m b_t - log E_p[exp(m b)] = m g.v - Q,
     g = W_t - E_p[W],    Q = log E_p[exp(m b)] - m E_p[b].
 
-The first-order term needs one vector g per prompt and is formed in float64. Q, the curvature, is expanded in the moments
-E_p[b^k], k >= 2: b does not depend on the prompt, so they are matrix products shared by all prompts and neurons. With
-one even moment more than the odd order K the remainder is at most |m|^(K+1) E_p[b^(K+1)] / (K+1)! * exp(|m| max|b|).
-Pairs whose bound misses the tolerance are evaluated directly in float64. Nothing here knows models or files.
+The first-order term needs one vector g per prompt and is formed in float64. Q, the curvature, is expanded in the
+moments E_p[b^k], k >= 2: b does not depend on the prompt, so they are matrix products shared by all prompts and
+neurons. With one even moment more than the odd order K the remainder is at most
+|m|^(K+1) E_p[b^(K+1)] / (K+1)! * exp(|m| max|b|). Pairs whose bound misses the tolerance are evaluated directly in
+float64. Nothing here knows models or files.
 """
 
 from __future__ import annotations
@@ -215,7 +216,8 @@ def of_sums(projection: Projection, coefficients: Tensor, base: Base) -> Tensor:
 class _Expansion:
     """log E_p[exp(m b)] as a power series in m, two moments at a time; the order is odd.
 
-    ``excess`` = E_p[exp(m b)] - 1 up to the order. With u = b / max|b| and r = m max|b| its terms are r^k E_p[u^k] / k!.
+    ``excess`` = E_p[exp(m b)] - 1 up to the order; with u = b / max|b| and r = m max|b| its terms are
+    r^k E_p[u^k] / k!.
     """
 
     def __init__(self, projection: Projection, m: Tensor, expected: Tensor, prob: Tensor):
@@ -275,7 +277,7 @@ def _tolerance(lpi: Tensor, coefficients: Tensor) -> Tensor:
 
 
 def _curvature(b: Tensor, m: Tensor, base: Base, pairs: Tensor) -> Tensor:
-    """Q of the chosen pairs [P, n] by the definition, in float64, from directions b [n, V]: in the order of ``pairs``."""
+    """Q of the chosen pairs [P, n] by the definition, in float64, from directions b [n, V]; in row order."""
     parts = []
     for chunk in pairs.nonzero().split(max(1, _DIRECT // b.shape[1])):
         prompt, neuron = chunk.T

@@ -54,18 +54,18 @@ _INTERVAL = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
 SCHEMAS: dict[str, Schema] = {
     "prompts": Schema(
         {
-            **{name: TEXT for name in ("prompt_id", "relation", "category", "subject", "object", "template", "text")},
+            **dict.fromkeys(("prompt_id", "relation", "category", "subject", "object", "template", "text"), TEXT),
             "group": ID,
         },
         key=("prompt_id",),
     ),
     "predictions": Schema(
         {
-            **{name: TEXT for name in ("prompt_id", "relation", "category", "subject", "object")},
+            **dict.fromkeys(("prompt_id", "relation", "category", "subject", "object"), TEXT),
             "target_id": ID,
-            **{name: FLAG for name in ("single_token", "leaked", "boundary_merge")},
-            **{name: COUNT for name in ("rank", "rank_filtered")},
-            **{name: SCORE for name in ("log_prob", "log_prob_h0")},
+            **dict.fromkeys(("single_token", "leaked", "boundary_merge"), FLAG),
+            **dict.fromkeys(("rank", "rank_filtered"), COUNT),
+            **dict.fromkeys(("log_prob", "log_prob_h0"), SCORE),
             "argmax_id": ID,
         },
         key=("prompt_id",),
@@ -108,7 +108,7 @@ SCHEMAS: dict[str, Schema] = {
             "prompt_id": TEXT,
             "component": TEXT,
             "active": COUNT,
-            **{name: pl.Float64 for name in ("sum_positive", "sum_negative", "sum_positive_log")},
+            **dict.fromkeys(("sum_positive", "sum_negative", "sum_positive_log"), pl.Float64),
         },
         key=("prompt_id", "component"),
     ),
@@ -118,7 +118,7 @@ SCHEMAS: dict[str, Schema] = {
             "layer": ID,
             "expert": ID,
             "slot": ID,
-            **{name: SCORE for name in ("weight", "probability", "lpi")},
+            **dict.fromkeys(("weight", "probability", "lpi"), SCORE),
         },
         key=("prompt_id", "layer", "expert"),
         nullable=frozenset({"slot"}),
@@ -130,7 +130,7 @@ SCHEMAS: dict[str, Schema] = {
         {
             "step": COUNT,
             "tokens": COUNT,
-            **{name: TEXT for name in ("subset", "scope", "name", "average", "metric")},
+            **dict.fromkeys(("subset", "scope", "name", "average", "metric"), TEXT),
             **_INTERVAL,
             "prompts": COUNT,
         },

@@ -1,0 +1,194 @@
+"""The decomposition is exact on real classes, and refuses what it cannot take apart."""
+
+import pytest
+import torch
+from torch import nn
+
+from moescope import attribution, targets
+from moescope.decomposition import (
+    Decomposition,
+    DecompositionError,
+    FinalNorm,
+    decoder_of,
+    routed_rows,
+)
+from tests.model import models
+
+
+def trace_of(model, times=1):
+    rows = models.prompts(times).to_dicts()
+    tokens = [t.tokens for t in targets.find(models.tokenizer(), rows)]
+    return Decomposition(model).trace(attribution._batches(tokens, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_contributions_sum_to_what_each_layer_wrote(name):
+    """Neuron by neuron, with the layers' inputs and outputs taken by hooks of the test's own, one prompt at a time."""
+    model = models.build(name)
+    trace = trace_of(model)
+    rows = models.prompts().to_dicts()
+    for p, target in enumerate(targets.find(models.tokenizer(), rows)):
+        seen = {}
+        layers = decoder_of(model).layers
+        hooks = [
+            layer.register_forward_hook(lambda m, a, out, i=i: seen.__setitem__(i, (a[0][0, -1], out[0, -1])))
+            for i, layer in enumerate(layers)
+        ]
+        with torch.no_grad():
+            model(torch.tensor([target.tokens]))
+        for hook in hooks:
+            hook.remove()
+        for i in range(len(layers)):
+            before, after = (x.double() for x in seen[i])
+            total = before.clone()
+            for site in trace.decomposition.at(i):
+                record = trace.layers[i]
+                c = record.coefficients[site.name][p].double()
+                if site.kind == "routed":
+                    for k, e in enumerate(record.index[p].tolist()):
+                        for j in range(site.neurons):
+                            total += c[k, j] * site.values(e)[j].double()
+                else:
+                    for j in range(site.neurons):
+                        total += c[j] * site.values()[j].double()
+            assert (total - after).abs().max() <= 1e-5 * (after - before).abs().max()
+
+
+@pytest.mark.parametrize("name", models.FAMILIES)
+def test_the_check_passes_with_room_to_spare(name):
+    assert trace_of(models.build(name)).verified() < 2e-6
+
+
+def test_sites_of_a_layer_with_shared_and_routed_experts():
+    model = models.build("qwen2_moe")
+    decomposition = Decomposition(model)
+    assert [s.kind for s in decomposition.at(0)] == ["attn", "routed", "shared"]
+    assert [s.kind for s in decomposition.at(1)] == ["attn", "dense"]  # mlp_only_layers
+    attn, routed, shared = decomposition.at(0)
+    assert (attn.heads, attn.neurons) == (4, 32)
+    assert (routed.experts, routed.neurons, shared.neurons) == (6, 24, 32)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "olmoe_normed", "qwen2_moe"])
+def test_router_weights_are_those_the_model_used(name):
+    """Probability: softmax of the router's logits. Weight: what multiplies the expert, summing to one if normalised."""
+    model = models.build(name)
+    record = trace_of(model).layers[0]
+    assert torch.allclose(record.probability.sum(1), torch.ones(len(record.probability)))
+    top = record.probability.topk(2)
+    assert torch.equal(record.index, top.indices.sort(1).values)
+    normalised = name == "olmoe_normed"
+    expected = top.values / top.values.sum(1, keepdim=True) if normalised else top.values
+    assert torch.allclose(record.weight.sort(1).values, expected.sort(1).values, atol=1e-6)
+
+
+def test_last_positions_do_not_depend_on_the_batch():
+    """Padded among others = alone: residuals, coefficients, routing, logits."""
+    model = models.build("qwen2_moe")
+    together = trace_of(model)
+    tokens = [t.tokens for t in targets.find(models.tokenizer(), models.prompts().to_dicts())]
+    assert len({len(t) for t in tokens}) > 2  # uneven lengths, so that there is padding
+    for p, ids in enumerate(tokens):
+        alone = Decomposition(model).trace(attribution._batches([ids], torch.device("cpu")))
+        assert (alone.logits[0] - together.logits[p]).abs().max() < 2e-5
+        for one, all_ in zip(alone.layers, together.layers, strict=True):
+            for name, c in one.coefficients.items():
+                assert (c[0] - all_.coefficients[name][p]).abs().max() < 2e-5
+            if one.index is not None:
+                assert torch.equal(one.index[0], all_.index[p])
+
+
+def test_hooks_leave_the_model_alone():
+    model = models.build("olmoe")
+    ids = torch.randint(3, 300, (2, 7))
+    with torch.no_grad():
+        before = model(ids).logits
+        trace_of(model)
+        after = model(ids).logits
+    assert torch.equal(before, after)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_hooks_are_removed_after_an_exception():
+    model = models.build("olmoe")
+    broken = model.model.layers[1].mlp.experts
+    handle = broken.register_forward_pre_hook(lambda m, a: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        trace_of(model)
+    handle.remove()
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("name", ["olmo2", "opt"])
+def test_what_does_not_fit_is_refused_with_the_figure(name):
+    over = {"ffn_dim": 48, "word_embed_proj_dim": 32} if name == "opt" else {}
+    model = models.build(name, **over)
+    with pytest.raises(DecompositionError, match=r"contributions miss the residual stream by \S+ of a layer's update"):
+        trace_of(model).verified()
+
+
+def test_a_coefficient_that_is_off_is_noticed():
+    trace = trace_of(models.build("olmoe"))
+    site = trace.decomposition.at(1, "routed")[0]
+    trace.layers[1].coefficients[site.name][2] *= 1.001
+    with pytest.raises(DecompositionError, match="miss the residual stream"):
+        trace.verified()
+
+
+def test_nan_does_not_pass_the_check():
+    trace = trace_of(models.build("llama"))
+    trace.layers[2].coefficients["mlp.down_proj"][0, 0] = float("nan")
+    with pytest.raises(DecompositionError, match="inf"):
+        trace.verified()
+
+
+def test_router_weights_of_another_kind_are_refused():
+    trace = trace_of(models.build("olmoe"))
+    trace.layers[0].probability = trace.layers[0].probability.square()
+    with pytest.raises(DecompositionError, match="softmax"):
+        trace.verified()
+
+
+def test_a_model_without_writers_is_refused():
+    model = models.build("llama")
+    model.model.layers = nn.ModuleList()
+    with pytest.raises(DecompositionError, match="no matrix that writes"):
+        Decomposition(model)
+
+
+def test_routed_rows_list_every_expert_once():
+    index = torch.tensor([[0, 3], [3, 5], [0, 5], [2, 3]])
+    found = {e: list(zip(rows.tolist(), slots.tolist(), strict=True)) for e, rows, slots in routed_rows(index)}
+    assert found == {0: [(0, 0), (2, 0)], 2: [(3, 0)], 3: [(0, 1), (1, 0), (3, 1)], 5: [(1, 1), (2, 1)]}
+
+
+class OnePlus(nn.Module):
+    """Gemma's norm: 1 + w."""
+
+    def __init__(self, d):
+        super().__init__()
+        self.weight, self.epsilon = nn.Parameter(torch.randn(d)), 1e-6
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.epsilon) * (1 + self.weight)
+
+
+def norms():
+    torch.manual_seed(0)
+    full, bare = nn.LayerNorm(33, eps=1e-5), nn.LayerNorm(33, eps=1e-5, elementwise_affine=False)
+    rms = nn.RMSNorm(33, eps=1e-6)
+    nn.init.normal_(full.weight), nn.init.normal_(full.bias), nn.init.normal_(rms.weight)
+    return {"layer norm": full, "layer norm without parameters": bare, "rms": rms, "one plus": OnePlus(33)}
+
+
+@pytest.mark.parametrize("name", norms())
+def test_a_final_norm_is_measured_whatever_it_is(name):
+    """gain * (centred x) / sigma + bias reproduces the module, at large and at tiny residuals (where eps matters)."""
+    norm = norms()[name]
+    found = FinalNorm.of(norm, torch.zeros(33))
+    assert found.centred == name.startswith("layer")
+    for size in (1e-3, 1.0, 1e3):
+        x = size * torch.randn(7, 33) + 0.5 * size
+        y = x - x.mean(1, keepdim=True) if found.centred else x
+        mine = y.double() * found.scale(x)[:, None] * found.gain + found.bias
+        assert torch.allclose(mine.float(), norm(x), rtol=2e-4, atol=2e-5)

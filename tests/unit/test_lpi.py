@@ -1,0 +1,189 @@
+"""LPI against its definition in float64, whatever the input; and what the certificate promises."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moescope import lpi
+
+
+def brute_force(weight, offset, values, coefficients, residual, scale, target):
+    """log p(t | r + c v) - log p(t | r), a vocabulary row per pair, all in float64."""
+    weight, values, coefficients = weight.double(), values.double(), coefficients.double()
+    base = offset + scale[:, None].double() * (residual.double() @ weight.T)
+    out = torch.empty(coefficients.shape, dtype=torch.float64)
+    for p in range(len(coefficients)):
+        moved = base[p] + scale[p].double() * coefficients[p, :, None] * (values @ weight.T)
+        before = base[p].log_softmax(0)[target[p]]
+        out[p] = moved.log_softmax(1)[:, target[p]] - before
+    return out
+
+
+def problem(seed, vocabulary=97, hidden=24, neurons=40, prompts=11, width=0.1, size=1.0, peak=1.0, step=1.0):
+    """Random input: ``peak`` scales the base residual (diffuse to peaked p), ``step`` the coefficients, ``size`` the
+    values (the coefficients shrink as they grow)."""
+    g = torch.Generator().manual_seed(seed)
+    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    return {
+        "weight": randn(vocabulary, hidden) * width,
+        "offset": randn(vocabulary).double(),
+        "values": randn(neurons, hidden) * size,
+        "coefficients": randn(prompts, neurons) * torch.rand(prompts, neurons, generator=g) ** 4 * step / size,
+        "residual": randn(prompts, hidden) * peak,
+        "scale": torch.rand(prompts, generator=g) + 0.5,
+        "target": torch.randint(vocabulary, (prompts,), generator=g),
+    }
+
+
+def fast(x):
+    """(LPI, certificate, base) of a problem by the engine."""
+    unembedding = lpi.Unembedding(x["weight"], x["offset"])
+    base = lpi.Base.of(unembedding, unembedding.log_probs(x["residual"], x["scale"]), x["target"], x["scale"])
+    certificate = lpi.Certificate()
+    projection = lpi.Projection(unembedding, x["values"])
+    return lpi.of_neurons(projection, x["coefficients"], base, certificate), certificate.as_dict(), base
+
+
+def tolerance(truth, coefficients):
+    return min(1e-6, max(1e-9, 0.01 * truth[coefficients != 0].abs().median().item()))
+
+
+@pytest.mark.parametrize("peak", [0.0, 1.0, 30.0], ids=["diffuse", "usual", "peaked"])
+@pytest.mark.parametrize("step", [1e-8, 1e-3, 1.0, 30.0, 1e3])
+@pytest.mark.parametrize("size", [1e-9, 1.0, 1e9])
+def test_neurons_agree_with_the_definition(peak, step, size):
+    x = problem(0, peak=peak, step=step, size=size)
+    truth = brute_force(**x)
+    scores, _, _ = fast(x)
+    error = (scores - truth).abs() / (1 + truth.abs())
+    assert error.max() <= 2 * tolerance(truth, x["coefficients"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    vocabulary=st.integers(17, 700),
+    hidden=st.integers(3, 48),
+    width=st.floats(0.01, 1.0),
+    peak=st.floats(0, 20),
+    step=st.floats(1e-6, 50),
+)
+def test_neurons_agree_with_the_definition_on_any_input(seed, vocabulary, hidden, width, peak, step):
+    x = problem(seed, vocabulary, hidden, 12, 5, width, 1.0, peak, step)
+    truth = brute_force(**x)
+    scores, _, _ = fast(x)
+    assert ((scores - truth).abs() <= 2e-6 * (1 + truth.abs())).all()
+
+
+def test_small_scores_keep_their_digits():
+    """At coefficients of 1e-6 every LPI is far below the largest tolerance: the sign must still be right."""
+    x = problem(3, step=1e-6)
+    truth = brute_force(**x)
+    scores, _, _ = fast(x)
+    assert truth.abs().max() < 1e-5
+    large = truth.abs() > 1e-9
+    assert torch.equal(scores[large].sign(), truth[large].sign())
+    assert ((scores - truth).abs()[large] / truth.abs()[large]).median() < 1e-4
+
+
+def test_one_token_that_dominates():
+    x = problem(4)
+    x["offset"][5] = 60.0
+    for target in (5, 6):
+        x["target"] = torch.full_like(x["target"], target)
+        truth = brute_force(**x)
+        scores, _, _ = fast(x)
+        assert ((scores - truth).abs() <= 2e-6 * (1 + truth.abs())).all()
+
+
+def test_zero_vectors_and_zero_coefficients_change_nothing():
+    x = problem(5)
+    x["values"][3] = 0
+    x["coefficients"][:, 4] = 0
+    scores, _, _ = fast(x)
+    assert (scores[:, [3, 4]] == 0).all()
+    assert (scores[:, :3] != 0).all()
+
+
+def test_a_constant_direction_changes_nothing():
+    """A vector that raises all logits alike leaves the distribution alone."""
+    x = problem(6, hidden=8)
+    x["weight"][:, 0] = 0.7
+    x["values"][0] = 0
+    x["values"][0, 0] = 50.0
+    scores, _, _ = fast(x)
+    assert scores[:, 0].abs().max() < 1e-5
+
+
+def test_large_steps_are_evaluated_directly_and_counted():
+    small, large = fast(problem(7, step=1e-2))[1], fast(problem(7, step=300.0))[1]
+    assert small["direct_share"] == 0
+    assert 0.2 < large["direct_share"] <= 1
+    assert small["pairs"] == 11 * 40
+    assert 0 < small["largest_bound"] <= 2e-6
+
+
+def test_results_do_not_depend_on_how_prompts_and_neurons_are_grouped():
+    x = problem(8, step=3.0)
+    whole, _, _ = fast(x)
+    for rows in ([0, 3, 7], [10]):
+        part = {k: v[rows] if k in ("coefficients", "residual", "scale", "target") else v for k, v in x.items()}
+        assert (fast(part)[0] - whole[rows]).abs().max() < 2e-6
+    part = {**x, "values": x["values"][10:20], "coefficients": x["coefficients"][:, 10:20]}
+    assert (fast(part)[0] - whole[:, 10:20]).abs().max() < 2e-6
+
+
+def test_rows_of_a_base_are_the_base_of_those_rows():
+    x = problem(9)
+    _, _, base = fast(x)
+    rows = torch.tensor([4, 1])
+    part = {k: v[rows] if k in ("coefficients", "residual", "scale", "target") else v for k, v in x.items()}
+    _, _, direct = fast(part)
+    assert torch.allclose(base.rows(rows).gradient, direct.gradient, atol=1e-12)
+    assert torch.allclose(base.rows(rows).of_target, direct.of_target, atol=1e-12)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1.0, 20.0])
+def test_sums_agree_with_the_definition(step):
+    """A head: one LPI of the whole vector, which is not the sum of its neurons' LPIs."""
+    x = problem(10, step=step)
+    neurons, _, base = fast(x)
+    projection = lpi.Projection(lpi.Unembedding(x["weight"], x["offset"]), x["values"])
+    scores = lpi.of_sums(projection, x["coefficients"], base)
+    whole = (x["coefficients"].double() @ x["values"].double())[:, None]  # [P, 1, d]: one vector a prompt
+    truth = torch.stack(
+        [
+            brute_force(
+                **{**x, "values": whole[p], "coefficients": torch.ones(1, 1)}
+                | {k: x[k][p : p + 1] for k in ("residual", "scale", "target")}
+            )[0, 0]
+            for p in range(len(whole))
+        ]
+    )
+    assert ((scores - truth).abs() <= 5e-6 * (1 + truth.abs())).all()
+    if step >= 1:
+        assert (scores - neurons.sum(1)).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("centred", [False, True])
+def test_the_unembedding_folds_norm_gain_centring_and_biases(centred):
+    g = torch.Generator().manual_seed(1)
+    head, gain, bias, head_bias = (torch.randn(*s, generator=g) for s in ((31, 8), (8,), (8,), (31,)))
+    x = torch.randn(5, 8, generator=g)
+    y = x - x.mean(1, keepdim=True) if centred else x
+    scale = y.square().mean(1).add(1e-5).rsqrt()
+    logits = (y * scale[:, None] * gain + bias).double() @ head.double().T + head_bias
+    mine = lpi.Unembedding.of(head, gain, centred, bias, head_bias).log_probs(x, scale)
+    assert (mine - logits.log_softmax(1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["coefficients", "values", "residual"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_input_that_is_not_finite_is_an_error(name, bad):
+    x = problem(11)
+    x[name][0, 0] = bad
+    with pytest.raises(FloatingPointError):
+        fast(x)
