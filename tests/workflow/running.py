@@ -1,10 +1,13 @@
 """Running the workflow as a user would, and reading what it announces."""
 
+import atexit
+import functools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,13 +41,39 @@ CONFIG = {
 }
 
 
+def clone(target: Path) -> Path:
+    """The workflow as a fresh clone would have it: the files that git knows or would add, with new times."""
+    for name in _tracked():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(workflow() / name, target / name, follow_symlinks=False)
+    return target
+
+
+@functools.cache
+def workflow() -> Path:
+    """A clone that all tests of a session use, so that nobody's edits change it under them."""
+    target = Path(tempfile.mkdtemp(prefix="moescope-"))
+    atexit.register(shutil.rmtree, target, ignore_errors=True)
+    for name in _tracked():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, target / name, follow_symlinks=False)
+    return target
+
+
+@functools.cache
+def _tracked() -> list[str]:
+    command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
+    return [name for name in names if name and os.path.lexists(ROOT / name)]
+
+
 def snakemake(
-    folder: Path, *arguments: str, root: Path = ROOT, config: dict | None = None
+    folder: Path, *arguments: str, root: Path | None = None, config: dict | None = None
 ) -> subprocess.CompletedProcess:
-    """Run Snakemake in a folder on the workflow in ``root``, as a user would: nothing but its own environment."""
+    """Run Snakemake in a folder on the workflow (in ``root``), as a user would: nothing but its own environment."""
     if config is not None:
         (folder / "config-of-test.yaml").write_text(yaml.safe_dump(config))
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(root / "Snakefile")]
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str((root or workflow()) / "Snakefile")]
     if (folder / "config-of-test.yaml").exists():
         command += ["--configfile", "config-of-test.yaml"]
     command += arguments
@@ -56,7 +85,7 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SNAKEMAKE_PROFILE")}
 
 
-def planned(folder: Path, *arguments: str, root: Path = ROOT, config: dict | None = None) -> dict[str, int]:
+def planned(folder: Path, *arguments: str, root: Path | None = None, config: dict | None = None) -> dict[str, int]:
     """Number of jobs by rule that a dry run announces, targets that only collect aside; empty where nothing is."""
     result = snakemake(folder, "--dry-run", *arguments, root=root, config=config)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -81,23 +110,6 @@ def files_below(folder: Path) -> dict[str, tuple[int, int]]:
     found = (path for path in sorted((folder / "results").rglob("*")) if path.is_file())
     wanted = ((path.relative_to(folder), path.stat()) for path in found)
     return {str(path): (stat.st_size, stat.st_mtime_ns) for path, stat in wanted if path.parts[1] != "logs"}
-
-
-def clone(target: Path) -> Path:
-    """The workflow as a fresh clone would have it: the files that git knows or would add, with new times."""
-    if (ROOT / ".git").exists():
-        command = ["git", "-C", str(ROOT), "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-        names = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split("\0")
-        for name in filter(None, names):
-            if (ROOT / name).is_file():
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(ROOT / name, target / name)
-    else:
-        for name in ("Snakefile", "config.yaml", "Makefile"):
-            shutil.copyfile(ROOT / name, target / name)
-        for name in ("workflow", "profiles", "envs", "resources", "configs"):
-            shutil.copytree(ROOT / name, target / name, copy_function=shutil.copyfile)
-    return target
 
 
 @dataclass(frozen=True)

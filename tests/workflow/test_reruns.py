@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from tests.examples import FACTS, ROOT, write_facts
-from tests.workflow.running import CONFIG, Finished, planned, snakemake, succeeds
+from tests.workflow.running import CONFIG, Finished, planned, snakemake, succeeds, workflow
 
 #: All that hangs on the scores of a series, by rule: summaries, their CSV files, figures, the report.
 MOE_SUMMARIES = {"overview_moe": 1, "table": 3, "figure": 4, "report": 1}
@@ -78,12 +78,12 @@ def test_an_edit_of_pretraining_trains_again(fresh_clone: Path, profile):
 
 
 def test_new_steps_run_only_themselves(finished: Finished, copied: Path, profile):
-    jobs = planned(copied, *profile(ROOT), config=changed(moe={"steps": "all"}))
+    jobs = planned(copied, *profile(workflow()), config=changed(moe={"steps": "all"}))
     assert jobs == {"manifest": 1, "attribute_moe": 1, **MOE_SUMMARIES}
 
 
 def test_fewer_steps_run_summaries_only(copied: Path, profile):
-    jobs = planned(copied, *profile(ROOT), config=changed(moe={"steps": [4, 12]}))
+    jobs = planned(copied, *profile(workflow()), config=changed(moe={"steps": [4, 12]}))
     assert jobs == MOE_SUMMARIES
 
 
@@ -116,7 +116,7 @@ def test_a_new_fact_is_trained_on_and_asked(copied: Path):
 )
 def test_a_deleted_result_is_made_again(copied: Path, profile, name: str, jobs: dict):
     (copied / "results" / name).unlink()
-    assert planned(copied, *profile(ROOT)) == jobs
+    assert planned(copied, *profile(workflow())) == jobs
 
 
 def test_a_deleted_table_comes_back_the_same(copied: Path):

@@ -36,7 +36,7 @@ def test_a_killed_run_is_resumed_and_a_live_one_is_not(tmp_path: Path):
     folder = clone(tmp_path / "clone")
     write_facts(folder / "facts.csv")
     assert snakemake(folder, "--dry-run", root=folder, config=CONFIG).returncode == 0
-    command = [sys.executable, "-m", "snakemake", "--cores", "1", "--configfile", "config-of-test.yaml", TARGET]
+    command = [sys.executable, "-m", "snakemake", "--cores", "1", TARGET, "--configfile", "config-of-test.yaml"]
     log = folder / "results/logs/pretrain/moe.log"
     run = subprocess.Popen(
         command, cwd=folder, env=environment(), start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -15,7 +15,7 @@ import pytest
 
 from moescope import tables
 from tests.examples import ROOT
-from tests.workflow.running import CONFIG, Finished, environment, files_below, planned, snakemake, succeeds
+from tests.workflow.running import CONFIG, Finished, environment, files_below, planned, snakemake, succeeds, workflow
 
 SCORED = {"moe": [0, 4, 12], "dense": [12]}
 OF_CHECKPOINT = {
@@ -93,7 +93,7 @@ def test_from_another_working_directory(finished: Finished, tmp_path: Path):
 
 def outputs(folder: Path, snakefile: str) -> list[str]:
     """Every file that the workflow would make, sorted."""
-    result = succeeds(folder, "--snakefile", str(ROOT / snakefile), "--summary", config=CONFIG)
+    result = succeeds(folder, "--snakefile", str(workflow() / snakefile), "--summary", config=CONFIG)
     return sorted(line.split("\t")[0] for line in result.stdout.splitlines() if line.startswith("results/"))
 
 
@@ -102,7 +102,7 @@ def test_the_snakefile_in_workflow_builds_the_same(finished: Finished, tmp_path:
     first = outputs(tmp_path, "Snakefile")
     assert "results/report.html" in first
     assert outputs(tmp_path, "workflow/Snakefile") == first
-    arguments = ["--snakefile", str(ROOT / "workflow/Snakefile")]
+    arguments = ["--snakefile", str(workflow() / "workflow/Snakefile")]
     assert planned(tmp_path, *arguments) == planned(tmp_path)
     assert planned(finished.folder, *arguments) == {}
 
@@ -194,7 +194,7 @@ def test_the_library_of_this_clone_serves_its_jobs(finished: Finished):
     assert len(paths) > 50
     records = [json.loads(path.read_text()) for path in paths]
     for record in records:
-        assert str(ROOT) not in str(record["params"])
+        assert str(workflow()) not in str(record["params"])
         assert str(finished.folder) not in str(record["params"] + record["input"])
 
 

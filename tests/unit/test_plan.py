@@ -1,0 +1,133 @@
+"""What a configuration comes to on a disk, and what it is refused for before any job."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from moescope import facts, plan, relations
+from moescope.errors import MoescopeError
+from tests.examples import ROOT
+
+TRAINED = {
+    "name": "tiny",
+    "source": "pretrain",
+    "architecture": "olmoe",
+    "training": {"steps": 100, "save_at": [0, 10, 100]},
+}
+
+
+@pytest.fixture(autouse=True)
+def working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, facts_csv: Path):
+    monkeypatch.chdir(tmp_path)
+
+
+def checkpoint(folder: Path, **config) -> None:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"model_type": "llama", **config}))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"")
+
+
+def of(*series: dict, **keys) -> plan.Plan:
+    return plan.read({"series": list(series), "relations": {"source": "facts.csv"}, **keys}, ROOT)
+
+
+def test_a_trained_series_knows_its_files_before_they_exist():
+    tiny = of(TRAINED).series["tiny"]
+    assert tiny.steps == (0, 10, 100)
+    assert "results/tiny/checkpoints/10/model.safetensors" in tiny.files[10]
+    assert (tiny.pretrained, tiny.kind, tiny.architecture) == (True, "moe", "olmoe")
+
+
+def test_steps_select_and_saved_checkpoints_stay():
+    tiny = of({**TRAINED, "steps": "last"}).series["tiny"]
+    assert tiny.steps == (100,)
+    assert list(tiny.files) == [0, 10, 100]
+
+
+def test_a_local_series_is_what_lies_there(tmp_path: Path):
+    for step in (5, 20):
+        checkpoint(tmp_path / f"runs/step{step}")
+    checkpoint(tmp_path / "one", model_type="olmoe", num_experts=8)
+    found = of(
+        {"name": "dense", "source": "local", "path": "runs/step*"}, {"name": "moe", "source": "local", "path": "one"}
+    )
+    dense, moe = found.series.values()
+    assert (dense.steps, dense.kind, dense.architecture) == ((5, 20), "dense", "llama")
+    names = ("config.json", "tokenizer.json", "model.safetensors")
+    assert dense.files[5] == tuple(f"runs/step5/{name}" for name in names)
+    assert (moe.steps, moe.kind) == ((0,), "moe")
+    assert (found.of_kind("moe"), found.of_kind("dense")) == (["moe"], ["dense"])
+
+
+def test_a_gguf_file_is_a_checkpoint(tmp_path: Path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/q8.gguf").write_bytes(b"GGUF")
+    series = of({"name": "g", "source": "local", "path": "model", "gguf_file": "q8.gguf"}).series["g"]
+    assert series.files == {0: ("model/q8.gguf",)}
+
+
+def test_facts_of_the_user_are_inputs_and_ours_are_hashes():
+    own = of(TRAINED).facts
+    assert (own.inputs, own.shipped) == (("facts.csv",), {})
+    assert own.names == ("capital", "language", "colour")
+    ours = of(TRAINED, relations={"source": "embedded"}).facts
+    assert ours.inputs == ()
+    assert all(path.startswith("resources/relations/") and len(sha256) == 64 for path, sha256 in ours.shipped.items())
+    assert len(ours.shipped) == len(ours.names) == 12
+
+
+def test_a_choice_of_relations_depends_on_their_files_alone():
+    chosen = of(TRAINED, relations={"source": "embedded", "names": ["fruit_inside_color"]}).facts
+    assert [Path(path).stem for path in chosen.shipped] == ["fruit_inside_color"] == list(chosen.names)
+
+
+def test_the_published_facts_need_not_be_there_yet():
+    asked = of(TRAINED, relations={"source": "lre", "names": ["word_last_letter"]}).facts
+    digest = relations.LRE_SHA256["data/linguistic/word_last_letter.json"]
+    assert asked.shipped == {"resources/lre/data/linguistic/word_last_letter.json": digest}
+
+
+def test_jobs_read_what_was_chosen():
+    for keys in ({}, {"relations": {"source": "embedded", "names": ["adj_antonym", "work_location"]}}):
+        asked = of(TRAINED, **keys).facts
+        read = facts.read(json.loads(json.dumps(asked.cfg)), asked.inputs, ROOT)
+        assert sorted(relation.name for relation in read) == sorted(asked.names)
+
+
+def test_jobs_fetch_the_published_facts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The folder is filled before it is read, and only where the configuration asks for the published files."""
+    fetched = []
+    monkeypatch.setattr(relations, "fetch_lre", fetched.append)
+    asked = of(TRAINED, relations={"source": "lre", "names": ["word_last_letter"]}).facts
+    with pytest.raises(MoescopeError, match=r"word_last_letter\.json"):
+        facts.read(asked.cfg, (), tmp_path)
+    assert fetched == [tmp_path / "resources/lre"]
+
+
+@pytest.mark.parametrize(
+    ("series", "parts"),
+    [
+        ({"name": "mine", "source": "local", "path": "runs/step*"}, ["series[0] (mine)", "runs/step*"]),
+        ({**TRAINED, "steps": [11]}, ["series[0] (tiny)", "step 11 is not in the series", "10, 100"]),
+        ({**TRAINED, "training": {"steps": 5, "save_at": [6]}}, ["series[0] (tiny)", "training.save_at", "6", "0..5"]),
+    ],
+)
+def test_refuses_series_that_cannot_be(series: dict, parts: list[str]):
+    with pytest.raises(MoescopeError) as error:
+        of(series)
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_refuses_results_that_cannot_be_written(tmp_path: Path):
+    (tmp_path / "results").write_text("")
+    with pytest.raises(plan.PlanError, match="results: cannot be written"):
+        of(TRAINED)
+
+
+def test_leaves_no_trace(tmp_path: Path):
+    before = sorted(tmp_path.rglob("*"))
+    of(TRAINED)
+    assert sorted(tmp_path.rglob("*")) == before
