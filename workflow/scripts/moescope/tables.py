@@ -173,10 +173,13 @@ def check(frame: pl.DataFrame, name: str) -> pl.DataFrame:
     if unknown := [c for c in frame.columns if schema.expected(c) is None]:
         raise TableError(f"{name}: column {unknown[0]} is not part of the table")
     free = [c for c in frame.columns if c not in schema.columns]
+    for column in frame.columns:
+        if schema.expected(column).is_integer() and _cut_by_casting(frame[column]):
+            raise TableError(f"{name}: column {column} holds a number that is not whole")
     try:
         frame = frame.select(pl.col(c).cast(schema.expected(c)) for c in [*schema.required, *free])
     except pl.exceptions.PolarsError as error:
-        raise TableError(f"{name}: {error}") from error
+        raise TableError(f"{name}: {str(error).splitlines()[0]}") from error
     for column in frame.columns:
         values = frame[column]
         if column not in schema.nullable and values.null_count():
@@ -186,6 +189,11 @@ def check(frame: pl.DataFrame, name: str) -> pl.DataFrame:
     if frame.select(schema.key).is_duplicated().any():
         raise TableError(f"{name}: two rows share one {', '.join(schema.key)}")
     return frame.sort(schema.key, nulls_last=True)
+
+
+def _cut_by_casting(values: pl.Series) -> bool:
+    """Whether a cast to integers would drop a fraction, which polars does without a word."""
+    return values.dtype.is_float() and bool((values.is_finite() & (values != values.floor())).any())
 
 
 def write(frame: pl.DataFrame, path: str | os.PathLike) -> None:
@@ -201,7 +209,13 @@ def read(path: str | os.PathLike, columns: list[str] | None = None) -> pl.DataFr
     name = path.stem
     if name not in SCHEMAS:
         raise TableError(f"{path}: no such table; known are {', '.join(sorted(SCHEMAS))}")
-    schema, found = SCHEMAS[name], pl.read_parquet_schema(path)
+    schema = SCHEMAS[name]
+    try:
+        found = pl.read_parquet_schema(path)
+    except pl.exceptions.PolarsError as error:
+        raise TableError(f"{path}: is no Parquet file; delete the file and run again") from error
     if wrong := [c for c in schema.required if found.get(c) != schema.columns[c]]:
         raise TableError(f"{path}: column {wrong[0]} is missing or of another type; delete the file and run again")
+    if foreign := [c for c, dtype in found.items() if schema.expected(c) != dtype]:
+        raise TableError(f"{path}: column {foreign[0]} is not part of the table; delete the file and run again")
     return pl.read_parquet(path, columns=columns)
