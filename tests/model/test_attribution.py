@@ -8,7 +8,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from moescope import attribution, lpi, tables, targets
+from moescope import attribution, lpi, readout, tables, targets
 from moescope.decomposition import decoder_of
 from tests.model import models
 
@@ -318,7 +318,7 @@ def test_logits_that_are_not_affine_are_refused():
     model = models.build("llama")
     head = model.lm_head.forward
     model.lm_head.forward = lambda x: 3 * torch.tanh(head(x) / 3)
-    with pytest.raises(attribution.AttributionError, match="not an affine map"):
+    with pytest.raises(readout.ReadoutError, match="not an affine map"):
         attribution.attribute(model, models.tokenizer(), models.prompts())
 
 

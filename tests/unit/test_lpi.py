@@ -185,5 +185,5 @@ def test_the_unembedding_folds_norm_gain_centring_and_biases(centred):
 def test_input_that_is_not_finite_is_an_error(name, bad):
     x = problem(11)
     x[name][0, 0] = bad
-    with pytest.raises(FloatingPointError):
+    with pytest.raises(lpi.NotFiniteError):
         fast(x)

@@ -163,7 +163,6 @@ class Decomposition:
         self.model = model
         config = model.config.get_text_config()
         self.layers = layers_of(model)
-        self.hidden = config.hidden_size
         self.sites = [site for i, layer in enumerate(self.layers) for site in _sites(i, layer, config)]
         self.norm = _final_norm(model)
         self.head = model.get_output_embeddings()
@@ -176,10 +175,6 @@ class Decomposition:
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
-
-    def final_norm(self) -> FinalNorm:
-        """What the final norm does, measured (in float32 only inside ``precision.computing_in_float32``)."""
-        return FinalNorm.of(self.norm, torch.zeros(self.hidden, device=self.device))
 
     def at(self, layer: int, *kinds: str) -> list[Site]:
         """The sites of one layer, of some kinds or of all."""
@@ -273,7 +268,7 @@ class Trace:
                 f"(allowed: {TOLERANCE:.0e}); this architecture or these weights are not supported"
             )
         if not all(_softmax_router(record) for record in self.layers if record.index is not None):
-            raise DecompositionError(f"{name}: router weights are no shares of a softmax over all experts; not supported")
+            raise DecompositionError(f"{name}: router weights are no shares of a softmax; this router is not supported")
         return error
 
 
@@ -292,42 +287,6 @@ def routed_rows(index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     experts, counts = flat.unique_consecutive(return_counts=True)
     for e, where in zip(experts.tolist(), order.split(counts.tolist()), strict=True):
         yield e, where // index.shape[1], where % index.shape[1]
-
-
-@dataclass(frozen=True)
-class FinalNorm:
-    """The final norm as x -> gain * (x - mean(x) if centred) / sigma(x) + bias, sigma = sqrt(mean square + eps).
-
-    ``gain`` and ``bias`` [d] float32. Measured from the module's outputs on probes, so that neither the name of its
-    weight nor of its eps matters, nor whether the gain is w or 1 + w.
-    """
-
-    gain: Tensor
-    bias: Tensor
-    centred: bool
-    eps: float
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, norm: nn.Module, probe: Tensor) -> FinalNorm:
-        """Measure a norm; ``probe`` [d] is zeros of the right size and device."""
-        one = torch.ones_like(probe)
-        spread = one - 2 * (torch.arange(len(probe), device=probe.device) % 2)  # +1, -1, ...: nowhere near 0
-        spread = spread - spread.mean()
-        spread = spread / spread.square().mean().sqrt()  # mean 0, mean square 1: the same for both kinds of norm
-        bias = norm(probe[None])[0].float()
-        small = 3e-3  # comparable to the square root of usual eps, so that their ratio tells eps
-        full, faint = (norm(k * spread[None])[0].float() - bias for k in (1.0, small))
-        ratio = (faint.abs().sum() / full.abs().sum()).double().square().item()
-        eps = max(0.0, small**2 * (1 - ratio) / max(ratio - small**2, 1e-30))
-        centred = bool((norm(one[None])[0].float() - bias).abs().max() < 1e-3 * full.abs().max())
-        return cls(full / spread * (1 + eps) ** 0.5, bias, centred, eps)
-
-    def scale(self, residual: Tensor) -> Tensor:
-        """1 / sigma of residuals [P, d]: float64 [P]."""
-        x = residual.double()
-        x = x - x.mean(1, keepdim=True) if self.centred else x
-        return (x.square().mean(1) + self.eps).rsqrt()
 
 
 def _final_norm(model: nn.Module) -> nn.Module:

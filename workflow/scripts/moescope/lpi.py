@@ -24,6 +24,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moescope.errors import MoescopeError
+
 #: LPI below this (in nats) counts as zero for signs and shares.
 ZERO = 1e-7
 #: Vocabulary rows times neurons that are held at once, and float64 elements of one direct evaluation.
@@ -35,6 +37,10 @@ _MAX_ORDER = 13
 #: A direct evaluation costs about as much as this many moments of one pair (measured: an exponential in float64
 #: against a multiply-add of a float32 matrix product).
 _DIRECT_COST = 200
+
+
+class NotFiniteError(MoescopeError, FloatingPointError):
+    """A number that is NaN or infinite went in or came out: an error, never a silent score."""
 
 
 @dataclass(frozen=True)
@@ -147,13 +153,13 @@ class Projection:
     def steps(self, coefficients: Tensor, base: Base) -> tuple[Tensor, Tensor, Tensor]:
         """m = s c |v|, the first-order LPI m g.v and the expected step m E_p[b], all float64 [P, n].
 
-        Raises FloatingPointError where one is not finite.
+        Raises NotFiniteError where one is not finite.
         """
         m = coefficients.double() * base.scale[:, None] * self.norm
         first = m * (base.gradient @ self.unit.T)
         expected = m * (base.mean @ self.unit.T - self.centre)
         if not (first.isfinite().all() and expected.isfinite().all() and (m.abs() * self.largest).isfinite().all()):
-            raise FloatingPointError("coefficients, values, residuals or norm scales are not finite")
+            raise NotFiniteError("coefficients, values, residuals or norm scales are not finite: check the weights")
         return m, first, expected
 
 
@@ -166,7 +172,7 @@ def of_neurons(projection: Projection, coefficients: Tensor, base: Base, certifi
     """LPI of every (prompt, neuron) pair: coefficients [P, n] -> float64 [P, n], nats.
 
     |error| <= tol (1 + |LPI|), tol = min(1e-6, max(1e-9, 1% of the block's median |LPI| of pairs with c != 0)).
-    Raises FloatingPointError on input or output that is not finite.
+    Raises NotFiniteError on input or output that is not finite.
     """
     m, first, expected = projection.steps(coefficients, base)
     expansion = _Expansion(projection, m, expected, base.prob)
@@ -186,7 +192,7 @@ def of_neurons(projection: Projection, coefficients: Tensor, base: Base, certifi
         exact = _curvature(projection.exact(wanted).T, m[:, wanted], base, rounded[:, wanted])
         lpi[rounded] = first[rounded] - exact
     if not lpi.isfinite().all():
-        raise FloatingPointError("LPI is not finite: check the residuals, values and coefficients")
+        raise NotFiniteError("LPI is not finite: a contribution is too large for float64; check the weights")
     direct = cut | rounded
     bound = (remainder + rounding)[~direct]
     certificate.count(expansion.order, direct.numel(), int(direct.sum()), float(bound.max()) if len(bound) else 0.0)
@@ -209,7 +215,7 @@ def of_sums(projection: Projection, coefficients: Tensor, base: Base) -> Tensor:
     for rows in far.nonzero()[:, 0].split(max(1, _DIRECT // b.shape[1])):
         lpi[rows] = first[rows].sum(1) - _curvature_of_steps(m[rows] @ b.double(), base.log_prob[rows])
     if not lpi.isfinite().all():
-        raise FloatingPointError("LPI is not finite: check the residuals, values and coefficients")
+        raise NotFiniteError("LPI is not finite: a contribution is too large for float64; check the weights")
     return lpi
 
 
