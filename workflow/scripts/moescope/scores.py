@@ -4,6 +4,7 @@ its active neurons. No score per (prompt, neuron) is kept."""
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import polars as pl
 import torch
@@ -38,25 +39,22 @@ class Scores:
     def add_site(self, site: Site, coefficients: Tensor, scores: Tensor) -> None:
         """LPI [P, n] of a site whose neurons are all active in every prompt."""
         component = "attn" if site.kind == "attn" else "ffn"
-        n = scores.shape[1]
-        width = n // max(1, site.heads)
-        index = {"layer": site.layer, "neuron": torch.arange(n) % width}
-        index |= {"head": torch.arange(n) // width} if site.heads else {"kind": site.kind, "expert": None}
+        sums, n = self.sums[component], torch.arange(scores.shape[1])
+        width = len(n) // max(1, site.heads)
+        index = {"neuron": n % width} | ({"head": n // width} if site.heads else {"expert": None, "kind": site.kind})
+        self.active[component].add(scores, sums.neurons + n.to(scores.device))
         everyone = torch.arange(len(scores), device=scores.device)
-        self.active[component].add(scores, self.sums[component].neurons + torch.arange(n, device=scores.device))
-        self.sums[component].add(index, site.values(), everyone, coefficients, scores)
+        sums.add(site.layer, index, [(site.values(), everyone, coefficients, scores)])
 
     def add_experts(self, site: Site, record: LayerTrace, scores: Tensor) -> None:
         """LPI [P, K, I] of the experts each prompt is routed to."""
-        sums, experts, width = self.sums["ffn"], site.experts, site.neurons
-        first = sums.neurons
-        coefficients = record.coefficients[site.name]
+        sums, width, coefficients = self.sums["ffn"], site.neurons, record.coefficients[site.name]
+        first, n = sums.neurons, torch.arange(site.experts * site.neurons)
         rows_of = {e: (rows, slots) for e, rows, slots in routed_rows(record.index)}
         nobody = (record.index.new_empty(0),) * 2
-        for e in range(experts):
-            rows, slots = rows_of.get(e, nobody)
-            index = {"layer": site.layer, "kind": "routed", "expert": e, "neuron": torch.arange(width)}
-            sums.add(index, site.values(e), rows, coefficients[rows, slots], scores[rows, slots])
+        experts = ((site.values(e), *rows_of.get(e, nobody)) for e in range(site.experts))
+        parts = ((values, rows, coefficients[rows, slots], scores[rows, slots]) for values, rows, slots in experts)
+        sums.add(site.layer, {"neuron": n % width, "expert": n // width, "kind": "routed"}, parts)
         neurons = first + record.index[..., None] * width + torch.arange(width, device=scores.device)
         self.active["ffn"].add(scores.flatten(1), neurons.flatten(1))
         self.routing.append(self._routing(site, record, scores.sum(2)))
@@ -135,17 +133,21 @@ class _NeuronSums:
         self.blocks: list[pl.DataFrame] = []
         self.parts: dict[str, list[Tensor]] = {name: [] for name in ("lpi", "groups", "active", "magnitude")}
 
-    def add(self, index: dict, values: Tensor, rows: Tensor, coefficients: Tensor, scores: Tensor) -> None:
-        """A block of neurons with values [n, d] that is active in some prompt rows [p]; the rest [p, n]."""
-        n, of_relation = scores.shape[1], self.by_relation[:, rows]
-        columns = {k: v.numpy() if isinstance(v, Tensor) else pl.repeat(v, n, eager=True) for k, v in index.items()}
+    def add(self, layer: int, index: dict, parts: Iterable[tuple[Tensor, ...]]) -> None:
+        """The neurons of a site, in parts: values [n, d], the prompt rows [p] it is active in, and for those the
+        coefficients and scores [p, n]. ``index``: what tells its neurons apart, over all parts."""
+        for values, rows, coefficients, scores in parts:
+            of_relation = self.by_relation[:, rows]
+            self.parts["lpi"].append(of_relation @ scores)
+            self.parts["active"].append(of_relation.sum(1, keepdim=True).expand(-1, scores.shape[1]))
+            size = coefficients.double().abs().sum(0) * values.double().norm(dim=1)
+            self.parts["magnitude"].append(size[None])
+            if self.by_group is not None:
+                self.parts["groups"].append(self.by_group[:, rows] @ scores)
+        n = len(index["neuron"])
+        columns = {k: v.numpy() if isinstance(v, Tensor) else [v] * n for k, v in {"layer": layer, **index}.items()}
         types = {"kind": tables.TEXT} | dict.fromkeys(("layer", "expert", "head", "neuron"), tables.ID)
-        self.blocks.append(pl.DataFrame(columns).cast({name: types[name] for name in columns}))
-        self.parts["lpi"].append(of_relation @ scores)
-        self.parts["active"].append(of_relation.sum(1, keepdim=True).expand(-1, n))
-        self.parts["magnitude"].append((coefficients.double().abs().sum(0) * values.double().norm(dim=1))[None])
-        if self.by_group is not None:
-            self.parts["groups"].append(self.by_group[:, rows] @ scores)
+        self.blocks.append(pl.DataFrame(columns, schema_overrides={name: types[name] for name in columns}))
         self.neurons += n
 
     def index(self) -> pl.DataFrame:
