@@ -10,7 +10,7 @@ from tests.examples import ROOT
 
 LIBRARY = ROOT / "workflow" / "scripts" / "moescope"
 HEAVY = ("torch", "transformers", "polars", "numpy", "matplotlib")
-WITH_TORCH = {"attribution", "decomposition", "lpi", "precision"}
+WITH_TORCH = {"attribution", "decomposition", "lpi", "precision", "readout", "scores"}
 MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
 
 

@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+
 from moescope import relations
 from moescope.relations import Fact, Relation, RelationError
 

@@ -4,10 +4,11 @@ import logging
 import random
 
 import pytest
-from moescope import targets
-from moescope.targets import Target, TargetError
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from moescope import targets
+from moescope.targets import Target, TargetError
 
 FACTS = [
     ("capital", "Mexico", "Mexico City", "The capital of {} is"),

@@ -14,7 +14,7 @@ import pytest
 from tests.examples import write_facts
 from tests.workflow.running import CONFIG, clone, environment, planned, snakemake
 
-TARGET = "results/moe/12/predictions.parquet"
+TARGET = "results/moe/12/manifest.json"
 
 
 def make(folder: Path, target: str, *variables: str) -> subprocess.CompletedProcess:
