@@ -60,20 +60,22 @@ class CheckpointError(MoescopeError):
 
 def step_of(name: str) -> int:
     """The training step in a directory's name (``step1000-tokens4B``, ``checkpoint-500``, ``1000``); 0 without one."""
-    if name.isdigit():
+    if name.isdecimal():
         return int(name)
     match = _STEP.search(name)
     return int(match[1]) if match else 0
 
 
 def on_disk(path: str, gguf_file: str | None = None) -> dict[int, Path]:
-    """The checkpoints that a path or a glob names, by step, ascending.
+    """The checkpoints that a directory or a glob names, by step, ascending.
 
     Raises CheckpointError where nothing matches, where a directory holds no checkpoint, and where two directories have
     one step.
     """
     found: dict[int, Path] = {}
-    for directory in sorted(Path(p) for p in glob.glob(os.path.expanduser(path)) if os.path.isdir(p)):
+    place = os.path.expanduser(path)
+    matches = [place] if os.path.isdir(place) else glob.glob(place)  # a directory's own name may hold brackets
+    for directory in sorted(Path(p) for p in matches if os.path.isdir(p)):
         step = step_of(directory.name)
         if step in found:
             raise CheckpointError(
@@ -112,8 +114,8 @@ def select_steps(series: str, available: Iterable[int], steps: Any = "all") -> l
     """The steps of a series that a ``steps`` entry of the configuration asks for, ascending.
 
     ``all``; ``last``; a list; ``{every: n}`` (every n-th one listed, from the first); ``{log: n}`` (n log-spaced ones
-    among the positive steps, each snapped to the nearest); ``{nearest: [..]}`` (ties to the earlier). Raises
-    CheckpointError on a step that is not there, naming its neighbours, and on a series without steps.
+    among the positive steps, each snapped to the nearest on that scale); ``{nearest: [..]}``; ties go to the earlier
+    step. Raises CheckpointError on a step that is not there, naming its neighbours, and on a series without steps.
     """
     available = sorted(available)
     if not available:
@@ -144,7 +146,8 @@ def _log_spaced(available: list[int], n: int) -> list[int]:
         return positive[-1:]
     first, last = math.log(positive[0]), math.log(positive[-1])
     wanted = [first + (last - first) * i / (n - 1) for i in range(n)]
-    return sorted({min(positive, key=lambda s: (abs(math.log(s) - w), s)) for w in wanted})
+    # rounded, because a step half-way between two others is so in exact arithmetic only
+    return sorted({min(positive, key=lambda s: (round(abs(math.log(s) - w), 9), s)) for w in wanted})
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
