@@ -92,7 +92,7 @@ def on_disk(path: str, gguf_file: str | None = None) -> dict[int, Path]:
 def checkpoint_files(directory: str | os.PathLike, gguf_file: str | None = None) -> list[Path]:
     """The files that a checkpoint consists of: weights, configuration, tokenizer.
 
-    Raises CheckpointError where the configuration or the weights are missing, or come as pickles only.
+    Raises CheckpointError where the configuration, the weights or a part of them are missing, or come as pickles only.
     """
     directory = Path(directory)
     if gguf_file is not None:
@@ -102,12 +102,29 @@ def checkpoint_files(directory: str | os.PathLike, gguf_file: str | None = None)
     if not (directory / "config.json").is_file():
         cure = "name the GGUF file in gguf_file" if any(directory.glob("*.gguf")) else "correct the path of the series"
         raise CheckpointError(f"{directory}: has no config.json, so it is no Hugging Face checkpoint; {cure}")
-    weights = sorted(directory.glob("*.safetensors"))
+    weights = _weights(directory)
     if not weights:
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
         what = "its weights are pickles, which can run code; save them as" if pickled else "has no weights; put in"
         raise CheckpointError(f"{directory}: {what} safetensors (model.save_pretrained does)")
     return [*(directory / name for name in _SIDE_FILES if (directory / name).is_file()), *weights]
+
+
+def _weights(directory: Path) -> list[Path]:
+    """The weight files that transformers would load: one file or the shards of an index, none beside them."""
+    whole, index = directory / "model.safetensors", directory / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if not index.is_file():
+        return []
+    try:
+        named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        shards = sorted({directory / name for name in named})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: is no index of weight files; fetch it again") from error
+    if missing := [shard for shard in shards if not shard.is_file()]:
+        raise CheckpointError(f"{missing[0]}: is not there, though the index of the weights names it; fetch it again")
+    return shards
 
 
 def select_steps(series: str, available: Iterable[int], steps: Any = "all") -> list[int]:
