@@ -13,6 +13,7 @@ import math
 import os
 import re
 import struct
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,6 @@ _GGUF_KEYS = {
     "d": "embedding_length",
     "heads": "attention.head_count",
     "experts": "expert_count",
-    "K": "expert_used_count",
     "I": "feed_forward_length",
 }
 
@@ -179,7 +179,9 @@ def read_config(directory: str | os.PathLike) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read as JSON ({error}); fetch the file again") from error
-    return config.get("text_config", config)
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: is no configuration of a model; fetch the file again")
+    return config.get("text_config") or config
 
 
 def manifest(
@@ -192,7 +194,8 @@ def manifest(
 ) -> dict:
     """What a checkpoint is, without its weights: shape, size and sha256 of every file.
 
-    ``tokens``: seen in training until then, None where unknown. Raises CheckpointError on a damaged file.
+    ``tokens``: seen in training until then, None where unknown. ``parameters`` of the shape counts the numbers in the
+    weight files: tied embeddings once, as save_pretrained stores them. Raises CheckpointError on a damaged file.
     """
     paths = checkpoint_files(directory, gguf_file)
     shape = _gguf_shape(paths[0]) if gguf_file else _shape(directory, paths)
@@ -227,13 +230,17 @@ def _gguf_shape(path: Path) -> dict[str, int | None]:
 
     try:
         reader = GGUFReader(path)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as GGUF ({error}); fetch the file again") from error
-    architecture = reader.fields["general.architecture"].contents()
+        architecture = reader.fields["general.architecture"].contents()
+    except Exception as error:  # the reader meets damage unprepared: IndexError, OverflowError, KeyError, ...
+        raise CheckpointError(f"{path}: cannot be read as GGUF ({_reason(error)}); fetch the file again") from error
     fields = {name: reader.fields.get(f"{architecture}.{key}") for name, key in _GGUF_KEYS.items()}
     shape = {name: field.contents() if field else None for name, field in fields.items()}
+    if shape["experts"]:
+        raise CheckpointError(
+            f"{path}: routes between experts, and only dense models are read from GGUF; use the Hugging Face format"
+        )
     parameters = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    return shape | {"experts": shape["experts"] or 0, "K": shape["K"] or 0, "shared_I": 0, "parameters": parameters}
+    return shape | {"experts": 0, "K": 0, "shared_I": 0, "parameters": parameters}
 
 
 def _first(config: Mapping[str, Any], names: Iterable[str]) -> int | None:
@@ -249,10 +256,13 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
             if length > size - 8:
                 raise ValueError("the header is cut")
             header = json.loads(file.read(length))
-    except (ValueError, struct.error) as error:
-        raise CheckpointError(f"{path}: is no whole safetensors file ({error}); fetch it again") from error
-    header.pop("__metadata__", None)
-    if any(8 + length + tensor["data_offsets"][1] > size for tensor in header.values()):
+        header.pop("__metadata__", None)
+        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        if not all({"dtype", "shape"} <= tensor.keys() for tensor in header.values()):
+            raise ValueError("a tensor has no dtype or no shape")
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
+        raise CheckpointError(f"{path}: is no whole safetensors file ({_reason(error)}); fetch it again") from error
+    if 8 + length + end > size:
         raise CheckpointError(f"{path}: is cut short; fetch it again")
     return header
 
@@ -285,32 +295,40 @@ def load(
 
     directory = Path(directory)
     paths = checkpoint_files(directory, gguf_file)
-    source = {"gguf_file": gguf_file} if gguf_file else {"use_safetensors": True}
     stored = getattr(torch, _stored_dtype(paths) if dtype == "auto" else dtype)
-    try:
+    place = paths[0] if gguf_file else directory
+    # unless told otherwise, transformers asks on the terminal whether to run the code that comes with a checkpoint
+    source = {"local_files_only": True, "trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
+    weights = {"dtype": stored, **({} if gguf_file else {"use_safetensors": True})}
+    with _told_in_one_line(f"{place}: the model", "fetch it again or leave the step out"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=stored, local_files_only=True, output_loading_info=True, **source
+            directory, **source, **weights, output_loading_info=True, ignore_mismatched_sizes=True
         )
-        tokenizer = AutoTokenizer.from_pretrained(
-            directory, local_files_only=True, **({"gguf_file": gguf_file} if gguf_file else {})
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{directory}: cannot be loaded ({reason}); fetch it again or leave the step out"
-        ) from error
-    for problem in ("missing_keys", "mismatched_keys"):
-        if info.get(problem):
-            first = sorted(map(str, info[problem]))[0]
-            raise CheckpointError(
-                f"{directory}: {problem.replace('_', ' ')}, {first} first; the checkpoint is not whole"
-            )
+    for problem, what in {"missing_keys": "is missing", "mismatched_keys": "has the wrong shape"}.items():
+        if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem, ())):
+            raise CheckpointError(f"{place}: {keys[0]} {what}; fetch the checkpoint again or leave the step out")
+    with _told_in_one_line(f"{place}: the tokenizer", "put the files of tokenizer.save_pretrained there"):
+        tokenizer = AutoTokenizer.from_pretrained(directory, **source)
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
             raise CheckpointError(
-                f"{directory}: {name} holds a NaN or an infinity; fetch the checkpoint again or leave the step out"
+                f"{place}: {name} holds a NaN or an infinity; fetch the checkpoint again or leave the step out"
             )
     return model.eval().to(device), tokenizer
+
+
+@contextlib.contextmanager
+def _told_in_one_line(what: str, cure: str) -> Iterator[None]:
+    """Whatever goes wrong with a file of somebody else's inside transformers, as one line that names the file."""
+    try:
+        yield
+    except Exception as error:
+        raise CheckpointError(f"{what} cannot be loaded ({_reason(error)}); {cure}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The type and the beginning of an error's message."""
+    return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
 def _stored_dtype(paths: list[Path]) -> str:
