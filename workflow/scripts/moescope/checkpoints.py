@@ -257,8 +257,8 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
                 raise ValueError("the header is cut")
             header = json.loads(file.read(length))
         header.pop("__metadata__", None)
-        end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        if not all({"dtype", "shape"} <= tensor.keys() for tensor in header.values()):
+        end = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        if not all(isinstance(t["dtype"], str) and isinstance(t["shape"], list) for t in header.values()):
             raise ValueError("a tensor has no dtype or no shape")
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error) as error:
         raise CheckpointError(f"{path}: is no whole safetensors file ({_reason(error)}); fetch it again") from error
