@@ -38,6 +38,7 @@ def test_a_trained_series_knows_its_files_before_they_exist():
     assert tiny.steps == (0, 10, 100)
     assert "results/tiny/checkpoints/10/model.safetensors" in tiny.files[10]
     assert (tiny.pretrained, tiny.kind, tiny.architecture) == (True, "moe", "olmoe")
+    assert tiny.size(10) == 0
 
 
 def test_steps_select_and_saved_checkpoints_stay():
@@ -58,6 +59,7 @@ def test_a_local_series_is_what_lies_there(tmp_path: Path):
     names = ("config.json", "tokenizer.json", "model.safetensors")
     assert dense.files[5] == tuple(f"runs/step5/{name}" for name in names)
     assert (moe.steps, moe.kind) == ((0,), "moe")
+    assert moe.size(0) == sum(path.stat().st_size for path in (tmp_path / "one").iterdir()) > 0
     assert (found.of_kind("moe"), found.of_kind("dense")) == (["moe"], ["dense"])
 
 

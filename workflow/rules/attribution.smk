@@ -17,6 +17,7 @@ for kind, names in KINDS.items():
             series=one_of(names),
         conda:
             "../../envs/lm.yaml"
+        threads: scoring_threads
         params:
             code=code("attribute.py"),
             cfg=attribute_cfg,

@@ -36,6 +36,10 @@ class Series:
     def pretrained(self) -> bool:
         return self.entry["source"] == "pretrain"
 
+    def size(self, step: int) -> int:
+        """Bytes of a checkpoint's files on disk; 0 while they are not made."""
+        return sum(Path(path).stat().st_size for path in self.files[step] if os.path.exists(path))
+
     @property
     def kind(self) -> str:
         """``moe`` or ``dense``: which tables its checkpoints have."""
