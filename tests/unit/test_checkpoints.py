@@ -199,7 +199,7 @@ def test_a_gguf_file_must_be_named_and_there(tmp_path: Path):
     assert checkpoints.checkpoint_files(tmp_path, "q8.gguf") == [tmp_path / "q8.gguf"]
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_all_and_last(available: list[int]):
     assert checkpoints.select_steps("s", available, "all") == sorted(available)
@@ -207,21 +207,21 @@ def test_all_and_last(available: list[int]):
     assert checkpoints.select_steps("s", available, "last") == [max(available)]
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STEPS, st.integers(1, 50))
 def test_every_nth(available: list[int], n: int):
     counted = [s for i, s in enumerate(sorted(available)) if i % n == 0]
     assert checkpoints.select_steps("s", available, {"every": n}) == counted
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STEPS, st.data())
 def test_a_list_of_steps(available: list[int], data: st.DataObject):
     wanted = data.draw(st.lists(st.sampled_from(available), min_size=1))
     assert checkpoints.select_steps("s", available, wanted) == sorted(set(wanted))
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(STEPS, st.lists(st.integers(0, 3_000), min_size=1))
 def test_the_nearest_to_a_list(available: list[int], wanted: list[int]):
     expected = set()
@@ -233,7 +233,12 @@ def test_the_nearest_to_a_list(available: list[int], wanted: list[int]):
     assert checkpoints.select_steps("s", available, {"nearest": wanted}) == sorted(expected)
 
 
-@settings(deadline=None)
+def test_of_two_steps_equally_near_the_earlier():
+    assert checkpoints.select_steps("s", [30, 10, 20], {"nearest": [15, 25, 400]}) == [10, 20, 30]
+    assert checkpoints.select_steps("s", [30, 10, 20], {"nearest": [16]}) == [20]
+
+
+@settings(max_examples=60, deadline=None)
 @given(STEPS, st.integers(0, 3_000))
 def test_a_step_that_is_not_there_is_told_with_its_neighbours(available: list[int], step: int):
     rest = [s for s in available if s != step] or [step + 1]
@@ -279,7 +284,7 @@ def test_log_spaced_steps(available, n: int, expected: list[int]):
     assert checkpoints.select_steps("s", reversed(available), {"log": n}) == expected
 
 
-@settings(deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(1, 3_000), min_size=2, max_size=12, unique=True), st.integers(2, 6), st.booleans())
 def test_log_spacing_against_exact_arithmetic(available: list[int], n: int, with_zero: bool):
     """Of two steps that one is nearer whose ratio to the target is nearer to 1, all to the power n - 1: fractions."""
