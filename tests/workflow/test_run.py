@@ -77,6 +77,8 @@ def test_provenance_says_what_it_took(finished: Finished):
     assert (record["dtype"], record["device"], record["threads"]) == ("float32", "cpu", 1)
     assert record["versions"].keys() >= {"moescope", "python", "torch", "transformers", "polars"}
     assert record["decomposition_error"] < 1e-4
+    trained = json.loads((finished.folder / "results/moe/provenance/pretrain.json").read_text())
+    assert (trained["threads"], trained["cfg"]["training"]["save_at"]) == (1, [0, 4, 8, 12])
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 50e6
 
@@ -124,6 +126,8 @@ def test_one_core_and_two_agree(finished: Finished, tmp_path: Path):
     wanted = [f"results/moe/12/{name}.parquet" for name in OF_CHECKPOINT]
     succeeds(tmp_path, "--cores", "1", *wanted, config=CONFIG)
     compare(finished.folder, tmp_path, wanted)
+    weights = "results/moe/checkpoints/12/model.safetensors"
+    assert (tmp_path / weights).read_bytes() == (finished.folder / weights).read_bytes()
     succeeds(tmp_path, "--cores", "2", "--set-threads", "attribute_moe=2", "--forcerun", "attribute_moe", "--", *wanted)
     assert json.loads((tmp_path / "results/moe/12/provenance/attribute.json").read_text())["threads"] == 2
     compare(finished.folder, tmp_path, wanted)
@@ -188,8 +192,18 @@ def test_the_report_opens_in_a_browser(finished: Finished, tmp_path: Path):
     assert all(int(width) > 300 for width in widths[1].split())
 
 
-def test_the_library_of_this_clone_serves_its_jobs(finished: Finished):
-    """Whatever other clone is installed: no path of it, and no absolute one of ours, is in what results depend on."""
+def test_the_library_of_a_clone_serves_its_jobs(fresh_clone: Path):
+    """Whatever other clone is installed in the environment."""
+    with open(fresh_clone / "workflow/scripts/moescope/job.py", "a") as file:
+        file.write("print('in the clone')\n")
+    target = "results/tables/attribution/moe/accuracy.csv"
+    options = ["--allowed-rules", "table", "--forcerun", "table"]
+    result = succeeds(fresh_clone, *options, "--cores", "1", "--", target, root=fresh_clone)
+    assert "in the clone" in result.stdout
+
+
+def test_what_results_depend_on_names_no_place(finished: Finished):
+    """Neither the workflow's folder nor the working directory may stand in a parameter or an input."""
     paths = [path for path in (finished.folder / ".snakemake/metadata").rglob("*") if path.is_file()]
     assert len(paths) > 50
     records = [json.loads(path.read_text()) for path in paths]

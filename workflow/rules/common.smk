@@ -19,7 +19,7 @@ from moescope.errors import MoescopeError
 try:
     PLAN = plan.read(config, ROOT)
 except MoescopeError as error:
-    sys.exit(f"error: {error}")
+    sys.exit(f"error: {' '.join(str(error).split())}")
 
 KINDS = {kind: names for kind in ("dense", "moe") if (names := PLAN.of_kind(kind))}
 PRETRAINED = [series for series in PLAN.series.values() if series.pretrained]
@@ -105,15 +105,18 @@ def training_table(wildcards):
 
 
 def pretrain_cfg(series):
+    """What a training is told: all that its result depends on besides its code."""
     return {**{key: series.entry[key] for key in ("architecture", "shape", "training")}, "relations": PLAN.facts.cfg}
 
 
 def manifest_cfg(wildcards):
+    """What the listing of a checkpoint is told."""
     entry = PLAN.series[wildcards.series].entry
     return {"source": entry["source"], "gguf_file": entry.get("gguf_file")}
 
 
 def attribute_cfg(wildcards):
+    """What the scoring of a checkpoint is told."""
     return {"dtype": PLAN.series[wildcards.series].entry["dtype"], **PLAN.config["attribution"]}
 
 
