@@ -564,6 +564,20 @@ def test_a_gguf_tokenizer_that_begins_every_text(gguf_folder: Path):
     assert tokenizer(TEXTS[0]).input_ids == [1, *byte_level()(TEXTS[0]).input_ids]
 
 
+def test_a_tokenizer_beside_a_gguf_file_counts_and_is_in_the_manifest(tmp_path: Path):
+    model = models.build("llama", intermediate_size=64, vocab_size=len(byte_level()))
+    write_gguf(tmp_path / "m.gguf", model, quantised=False)
+    assert set(checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")["files"]) == {"m.gguf"}
+    models.tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
+    found, tokenizer = checkpoints.load(tmp_path, gguf_file="m.gguf")
+    assert_equal_weights(found, model)
+    assert tokenizer(TEXTS[0]).input_ids == models.tokenizer()(TEXTS[0]).input_ids
+    assert tokenizer(TEXTS[0]).input_ids != byte_level()(TEXTS[0]).input_ids
+    named = set(checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")["files"])
+    assert named == {"m.gguf", "tokenizer.json", "tokenizer_config.json"}
+
+
 def test_damaged_gguf_files_are_refused(gguf_folder: Path, tmp_path: Path):
     model = models.build("llama", intermediate_size=64, vocab_size=len(byte_level()))
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = float("nan")

@@ -197,6 +197,10 @@ def test_a_gguf_file_must_be_named_and_there(tmp_path: Path):
         checkpoints.on_disk(str(tmp_path), "q4.gguf")
     assert checkpoints.on_disk(str(tmp_path), "q8.gguf") == {0: tmp_path}
     assert checkpoints.checkpoint_files(tmp_path, "q8.gguf") == [tmp_path / "q8.gguf"]
+    (tmp_path / "config.json").write_text("{}")  # not read beside a GGUF file, other than a tokenizer
+    (tmp_path / "tokenizer.json").write_text("{}")
+    found = checkpoints.checkpoint_files(tmp_path, "q8.gguf")
+    assert found == [tmp_path / "q8.gguf", tmp_path / "tokenizer.json"]
 
 
 @settings(max_examples=60, deadline=None)

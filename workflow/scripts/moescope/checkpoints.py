@@ -22,11 +22,7 @@ from moescope import files
 from moescope.errors import MoescopeError
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:global[-_]?)?(?:step|checkpoint|ckpt|iter(?:ation)?)[-_=]?0*(\d+)", re.IGNORECASE)
-#: What belongs to a checkpoint in Hugging Face format, beside the weights.
-_SIDE_FILES = (
-    "config.json",
-    "generation_config.json",
-    "model.safetensors.index.json",
+_TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -35,6 +31,8 @@ _SIDE_FILES = (
     "vocab.json",
     "merges.txt",
 )
+#: What belongs to a checkpoint in Hugging Face format, beside the weights.
+_SIDE_FILES = ("config.json", "generation_config.json", "model.safetensors.index.json", *_TOKENIZER_FILES)
 #: Names of one quantity in the configurations of transformers, in order of preference.
 _SHAPE_KEYS = {
     "layers": ("num_hidden_layers", "n_layer"),
@@ -98,7 +96,8 @@ def checkpoint_files(directory: str | os.PathLike, gguf_file: str | None = None)
     if gguf_file is not None:
         if not (directory / gguf_file).is_file():
             raise CheckpointError(f"{directory}: has no file {gguf_file}; correct gguf_file or the path of the series")
-        return [directory / gguf_file]
+        # transformers prefers a tokenizer that lies beside the file to the one inside
+        return [directory / gguf_file, *_present(directory, _TOKENIZER_FILES)]
     if not (directory / "config.json").is_file():
         cure = "name the GGUF file in gguf_file" if any(directory.glob("*.gguf")) else "correct the path of the series"
         raise CheckpointError(f"{directory}: has no config.json, so it is no Hugging Face checkpoint; {cure}")
@@ -107,7 +106,11 @@ def checkpoint_files(directory: str | os.PathLike, gguf_file: str | None = None)
         pickled = any(directory.glob("*.bin")) or any(directory.glob("*.pt"))
         what = "its weights are pickles, which can run code; save them as" if pickled else "has no weights; put in"
         raise CheckpointError(f"{directory}: {what} safetensors (model.save_pretrained does)")
-    return [*(directory / name for name in _SIDE_FILES if (directory / name).is_file()), *weights]
+    return [*_present(directory, _SIDE_FILES), *weights]
+
+
+def _present(directory: Path, names: Iterable[str]) -> list[Path]:
+    return [directory / name for name in names if (directory / name).is_file()]
 
 
 def _weights(directory: Path) -> list[Path]:
