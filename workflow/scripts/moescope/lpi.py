@@ -28,15 +28,16 @@ from moescope.errors import MoescopeError
 
 #: LPI below this (in nats) counts as zero for signs and shares.
 ZERO = 1e-7
-#: Vocabulary rows times neurons that are held at once, and float64 elements of one direct evaluation.
-_PROJECTED, _DIRECT = 2**25, 2**23
+#: Vocabulary rows times neurons that are held at once; elements of one direct evaluation (they stay in the cache); and
+#: elements of the unembedding that are held in float64.
+_PROJECTED, _TILE, _DOUBLE = 2**25, 2**19, 2**25
 #: Rounding of a float32 moment relative to the sum of absolute terms (measured below 1e-7; doubled).
 _ROUNDING = 2e-7
 #: The highest order of the expansion.
 _MAX_ORDER = 13
-#: A direct evaluation costs about as much as this many moments of one pair (measured: an exponential in float64
-#: against a multiply-add of a float32 matrix product).
-_DIRECT_COST = 200
+#: A direct evaluation costs about as much as this many moments of one pair (measured: an exponential and five passes
+#: over the vocabulary against one multiply-add of a matrix product).
+_DIRECT_COST = 100
 
 
 class NotFiniteError(MoescopeError, FloatingPointError):
@@ -129,7 +130,7 @@ class Certificate:
 
 
 class Projection:
-    """Directions in logit space of the values [n, d] of some neurons: b = W v up to a constant, float32 [V, n].
+    """Directions in logit space of the values [n, d] of some neurons: b = W v up to a constant, float32 [n, V].
 
     Values are scaled to length one first (powers of b neither overflow nor vanish) and b is centred over the
     vocabulary (a constant added to all logits changes nothing, and a smaller b means fewer moments).
@@ -141,14 +142,15 @@ class Projection:
         self.norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         self.unit = values.double() / self.norm[:, None]  # [n, d] float64
         self.centre = self.unit @ unembedding.centre
-        self.b = self.weight @ self.unit.T.float() - self.centre.float()
-        self.largest = self.b.abs().amax(0).double()
+        self.b = self.unit.float() @ self.weight.T
+        self.b -= self.centre.float()[:, None]
+        self.largest = self.b.abs().amax(1).double()
 
     def exact(self, neurons: Tensor) -> Tensor:
-        """b of some neurons in float64: [V, k]."""
+        """b of some neurons in float64: [k, V]."""
         step = _rows_at_once(self.weight)
-        tiles = [self.weight[v : v + step].double() @ self.unit[neurons].T for v in range(0, len(self.weight), step)]
-        return torch.cat(tiles) - self.centre[neurons]
+        tiles = [self.unit[neurons] @ self.weight[v : v + step].double().T for v in range(0, len(self.weight), step)]
+        return torch.cat(tiles, 1) - self.centre[neurons, None]
 
     def steps(self, coefficients: Tensor, base: Base) -> tuple[Tensor, Tensor, Tensor]:
         """m = s c |v|, the first-order LPI m g.v and the expected step m E_p[b], all float64 [P, n].
@@ -186,34 +188,30 @@ def of_neurons(projection: Projection, coefficients: Tensor, base: Base, certifi
         if not expansion.worthwhile(cut):
             break
         expansion.extend()
-    lpi[cut] = first[cut] - _curvature(projection.b.T, m, base, cut)
+    lpi[cut] = first[cut] - _curvature_of_pairs(projection.b, m, expected, base, cut)
     if rounded.any():  # float32 directions do not reach the tolerance here
-        wanted = rounded.any(0).nonzero()[:, 0]
-        exact = _curvature(projection.exact(wanted).T, m[:, wanted], base, rounded[:, wanted])
-        lpi[rounded] = first[rounded] - exact
-    if not lpi.isfinite().all():
-        raise NotFiniteError("LPI is not finite: a contribution is too large for float64; check the weights")
+        some = rounded.any(0).nonzero()[:, 0]
+        exact = projection.exact(some)
+        lpi[rounded] = first[rounded] - _curvature_of_pairs(
+            exact, m[:, some], expected[:, some], base, rounded[:, some]
+        )
     direct = cut | rounded
     bound = (remainder + rounding)[~direct]
     certificate.count(expansion.order, direct.numel(), int(direct.sum()), float(bound.max()) if len(bound) else 0.0)
-    return lpi
+    return _finite(lpi)
 
 
 def of_sums(projection: Projection, coefficients: Tensor, base: Base) -> Tensor:
-    """LPI of sum_i c_i v_i, the whole vector at once (a head): coefficients [P, n] -> float64 [P], nats.
+    """LPI of sum_i c_i v_i, the whole vector at once (a head): coefficients [P, n] -> float64 [P], nats."""
+    m, first, expected = projection.steps(coefficients, base)
+    lpi = first.sum(1)
+    for rows in torch.arange(len(m), device=m.device).split(max(1, _TILE // base.prob.shape[1])):
+        steps = m[rows].float() @ projection.b
+        lpi[rows] -= _curvature(steps, expected[rows].sum(1), base.prob[rows], base.log_prob[rows])
+    return _finite(lpi)
 
-    The curvature Q is formed from one step in logit space for both of its terms, so that the rounding of float32
-    directions enters at second order only. Steps below one nat are taken in float32, longer ones in float64.
-    """
-    m, first, _ = projection.steps(coefficients, base)
-    lpi, b = first.sum(1), projection.b.T
-    step = m.float() @ b  # [P, V]
-    far = step.abs().amax(1) > 1
-    step.masked_fill_(far[:, None], 0)
-    mean = (base.prob * step).sum(1, dtype=torch.float64)
-    lpi -= torch.log1p((base.prob * step.expm1_()).sum(1, dtype=torch.float64)) - mean
-    for rows in far.nonzero()[:, 0].split(max(1, _DIRECT // b.shape[1])):
-        lpi[rows] = first[rows].sum(1) - _curvature_of_steps(m[rows] @ b.double(), base.log_prob[rows])
+
+def _finite(lpi: Tensor) -> Tensor:
     if not lpi.isfinite().all():
         raise NotFiniteError("LPI is not finite: a contribution is too large for float64; check the weights")
     return lpi
@@ -228,7 +226,7 @@ class _Expansion:
 
     def __init__(self, projection: Projection, m: Tensor, expected: Tensor, prob: Tensor):
         largest = projection.largest
-        self.u = projection.b / torch.where(largest > 0, largest, torch.ones_like(largest)).float()
+        self.u = projection.b / torch.where(largest > 0, largest, torch.ones_like(largest)).float()[:, None]
         self.r, self.prob = m * largest, prob
         self.growth = self.r.abs().clamp_max(700).exp()
         self.expected, self.excess = expected, expected.clone()
@@ -242,7 +240,7 @@ class _Expansion:
     def _moment(self, k: int) -> Tensor:
         self.power *= self.u
         self.term = self.term * self.r / k
-        return (self.prob @ self.power).double()
+        return (self.prob @ self.power.T).double()
 
     def extend(self) -> None:
         """Raise the order by two: add the even term known so far and the next odd one, take the next even moment."""
@@ -273,7 +271,7 @@ class _Expansion:
 
 def _rows_at_once(weight: Tensor) -> int:
     """Rows of the unembedding to hold in float64 at a time."""
-    return max(1, 4 * _DIRECT // weight.shape[1])
+    return max(1, _DOUBLE // weight.shape[1])
 
 
 def _tolerance(lpi: Tensor, coefficients: Tensor) -> Tensor:
@@ -282,17 +280,29 @@ def _tolerance(lpi: Tensor, coefficients: Tensor) -> Tensor:
     return (0.01 * median).clamp(1e-9, 1e-6)
 
 
-def _curvature(b: Tensor, m: Tensor, base: Base, pairs: Tensor) -> Tensor:
-    """Q of the chosen pairs [P, n] by the definition, in float64, from directions b [n, V]; in row order."""
+def _curvature_of_pairs(b: Tensor, m: Tensor, expected: Tensor, base: Base, pairs: Tensor) -> Tensor:
+    """Q of the chosen pairs [P, n] by the definition, from directions b [n, V] of either precision; in row order."""
     parts = []
-    for chunk in pairs.nonzero().split(max(1, _DIRECT // b.shape[1])):
+    for chunk in pairs.nonzero().split(max(1, _TILE // b.shape[1])):
         prompt, neuron = chunk.T
-        steps = m[prompt, neuron, None] * b[neuron].double()
-        parts.append(_curvature_of_steps(steps, base.log_prob[prompt]))
+        steps = b[neuron] * m[prompt, neuron, None].to(b.dtype)
+        parts.append(_curvature(steps, expected[prompt, neuron], base.prob[prompt], base.log_prob[prompt]))
     return torch.cat(parts) if parts else m.new_empty(0)
 
 
-def _curvature_of_steps(steps: Tensor, log_prob: Tensor) -> Tensor:
-    """log E_p[exp(x)] - E_p[x] of steps x [k, V] in logit space: [k]. One x in both terms, so that its own rounding
-    enters at second order only."""
-    return (log_prob + steps).logsumexp(1) - (log_prob.exp() * steps).sum(1)
+def _curvature(steps: Tensor, expected: Tensor, prob: Tensor, log_prob: Tensor) -> Tensor:
+    """Q = log E_p[exp(x - E_p[x])] of steps x [k, V] in logit space with E_p[x] [k] known in float64: float64 [k].
+
+    Around its mean, exp(x) - 1 - x is never negative and second order throughout: nothing cancels, and neither the
+    rounding of x nor that of its mean enters at first order. Overwrites ``steps``.
+    """
+    x = steps.sub_(expected[:, None].to(steps.dtype))
+    far = (x.amax(1) > 30) if steps.dtype == torch.float32 else torch.ones_like(expected, dtype=torch.bool)
+    out = torch.empty_like(expected)
+    if far.any():
+        out[far] = (log_prob[far] + x[far]).logsumexp(1)
+    if not far.all():
+        near = x[~far] if far.any() else x
+        excess = torch.expm1(near).sub_(near).mul_(prob if len(near) == len(prob) else prob[~far])
+        out[~far] = torch.log1p(excess.sum(1, dtype=torch.float64))
+    return out
