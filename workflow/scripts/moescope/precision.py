@@ -48,7 +48,7 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     handles = []
     for module in (*owners, *layers):
         if any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
-            # first in, last out: other hooks see the float32 weights
+            # first in: pre-hooks of others run after this one and see the float32 weights
             handles.append(module.register_forward_pre_hook(up, prepend=True))
             handles.append(module.register_forward_hook(down, always_call=True))
     try:
@@ -57,3 +57,5 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+        for module in list(stored):  # an interrupt skips even the hooks that are always called
+            down(module)
