@@ -176,3 +176,13 @@ def test_the_raw_configuration_stays_as_it_is():
 def test_an_error_is_one_line_with_the_key_and_the_cure(raw: object, parts: list[str]):
     message = refused(raw)
     assert all(part in message for part in parts), message
+
+
+def test_environments_pin_what_the_lock_pins():
+    """Two places for one version drift apart unless something looks."""
+    lines = (ROOT / "requirements.lock").read_text().splitlines()
+    locked = dict(line.split("==") for line in lines if line and not line.startswith("#"))
+    for path in (ROOT / "envs").glob("*.yaml"):
+        (packages,) = (d["pip"] for d in yaml.safe_load(path.read_text())["dependencies"] if isinstance(d, dict))
+        pinned = dict(package.split(" ==") for package in packages)
+        assert pinned == {name: locked[name] for name in pinned}, path
