@@ -140,9 +140,9 @@ def figure_files(*ends):
 
 
 def scoring_threads(wildcards):
-    """One core for a small checkpoint, so that many run side by side; all of them for one above 100 MB."""
+    """One core for a small checkpoint, so that many run side by side; all of them for one above 50 MB."""
     size = PLAN.series[wildcards.series].size(int(wildcards.step))
-    return workflow.cores if size > 100e6 else 1
+    return workflow.cores if size > 50e6 else 1
 
 
 def report_cfg():
