@@ -205,7 +205,7 @@ def of_sums(projection: Projection, coefficients: Tensor, base: Base) -> Tensor:
     """LPI of sum_i c_i v_i, the whole vector at once (a head): coefficients [P, n] -> float64 [P], nats."""
     m, first, expected = projection.steps(coefficients, base)
     lpi = first.sum(1)
-    for rows in torch.arange(len(m), device=m.device).split(max(1, _TILE // base.prob.shape[1])):
+    for rows in torch.arange(len(m), device=m.device).split(max(1, 8 * _TILE // base.prob.shape[1])):
         steps = m[rows].float() @ projection.b
         lpi[rows] -= _curvature(steps, expected[rows].sum(1), base.prob[rows], base.log_prob[rows])
     return _finite(lpi)
