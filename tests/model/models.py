@@ -88,7 +88,7 @@ def prompts(times: int = 1) -> pl.DataFrame:
             "object": answer,
             "template": TEMPLATES[relation],
             "text": TEMPLATES[relation].format(subject),
-            "group": i % 10,
+            "group": i % 4,  # several prompts a group, and groups without any
         }
         for k in range(times)
         for i, (relation, subject, answer) in enumerate(FACTS)

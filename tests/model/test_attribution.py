@@ -8,7 +8,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from moescope import attribution, lpi, readout, tables, targets
+from moescope import attribution, lpi, readout, scores, tables, targets
 from moescope.decomposition import decoder_of
 from tests.model import models
 
@@ -328,3 +328,39 @@ def test_report_counts_every_pair():
     per_prompt = 3 * 32 + 2 * (2 * 24 + 32) + 48  # attention; two MoE layers: routed and shared; one dense
     assert report["certificate"]["pairs"] == len(prompts) * per_prompt
     assert report["decomposition_error"] < 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama", "olmoe", "qwen2_moe"])
+def test_top_active_lists_the_largest_where_more_are_active(name, monkeypatch):
+    """Both rankings cut short; a list that holds every active neuron, as those of tiny models do, shows no order."""
+    model, prompts, key = models.build(name), models.prompts(), ["layer", "kind", "expert", "head", "neuron"]
+    everything = attribution.attribute(model, models.tokenizer(), prompts)["top_active"]
+    monkeypatch.setattr(scores, "TOP_SHARE", 0.1)
+    monkeypatch.setattr(scores, "TOP_LEAST", 12)
+    short = attribution.attribute(model, models.tokenizer(), prompts)["top_active"].partition_by(
+        "prompt_id", "component", as_dict=True
+    )
+    negative = 0
+    for which, rows in everything.partition_by("prompt_id", "component", as_dict=True).items():
+        share = math.ceil(0.1 * len(rows))
+        assert 10 * share > len(rows), "rounding up must matter"
+        largest = rows.sort(pl.col("lpi").abs(), descending=True).head(share)
+        highest = rows.sort("lpi", descending=True).head(max(share, 12))
+        expected = set(largest.select(key).rows()) | set(highest.select(key).rows())
+        assert set(short[which].select(key).rows()) == expected
+        negative += len(expected) > max(share, 12)
+    assert negative, "large negative LPI must be listed too"
+
+
+def test_equal_scores_are_listed_by_index(monkeypatch):
+    """Experts that write nothing leave all their neurons at 0: the first ones are listed, over all layers."""
+    monkeypatch.setattr(scores, "TOP_LEAST", 5)
+    model = models.build("olmoe")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.experts.down_proj.zero_()
+    frames = attribution.attribute(model, models.tokenizer(), models.prompts())
+    routed = frames["routing"].filter(pl.col("slot").is_not_null(), pl.col("layer") == 0)
+    for prompt, expert in routed.group_by("prompt_id").agg(pl.col("expert").min()).rows():
+        listed = frames["top_active"].filter(pl.col("prompt_id") == prompt, pl.col("component") == "ffn")
+        assert listed.select("layer", "expert", "neuron", "lpi").rows() == [(0, expert, j, 0.0) for j in range(5)]
