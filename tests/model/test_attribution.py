@@ -364,3 +364,27 @@ def test_equal_scores_are_listed_by_index(monkeypatch):
     for prompt, expert in routed.group_by("prompt_id").agg(pl.col("expert").min()).rows():
         listed = frames["top_active"].filter(pl.col("prompt_id") == prompt, pl.col("component") == "ffn")
         assert listed.select("layer", "expert", "neuron", "lpi").rows() == [(0, expert, j, 0.0) for j in range(5)]
+
+
+def test_scores_below_1e_7_count_as_zero_in_sums():
+    """All neurons are listed in ``top_active`` here; a mean gain of 4e-5 is usual, so the bar must be far below it."""
+    prompts, sums = models.prompts(), []
+    for size in (1e-9, 1e-6):
+        model = models.build("llama")
+        with torch.no_grad():
+            for layer in model.model.layers:
+                layer.mlp.down_proj.weight *= size
+        frames = attribution.attribute(model, models.tokenizer(), prompts)
+        found = frames["active_sums"].filter(pl.col("component") == "ffn").sort("prompt_id")
+        sums.append(found)
+        lpis = frames["top_active"].filter(pl.col("component") == "ffn").with_columns(pl.col("lpi").cast(pl.Float64))
+        for (prompt,), rows in lpis.partition_by("prompt_id", as_dict=True).items():
+            row = found.row(by_predicate=pl.col("prompt_id") == prompt, named=True)
+            positive = [x for x in rows["lpi"] if x > 1e-7]
+            assert row["sum_positive"] == pytest.approx(sum(positive), rel=1e-5, abs=0)
+            assert row["sum_negative"] == pytest.approx(sum(x for x in rows["lpi"] if x < -1e-7), rel=1e-5, abs=0)
+            assert row["sum_positive_log"] == pytest.approx(sum(x * math.log(x) for x in positive), rel=1e-5, abs=0)
+        small = (lpis["lpi"].abs() < 1e-7) & (lpis["lpi"] != 0)
+        assert small.any(), "the case must arise"
+    assert (sums[0]["sum_positive"] == 0).all()
+    assert (sums[1]["sum_positive"] > 0).all()
