@@ -352,6 +352,11 @@ def test_top_active_lists_the_largest_where_more_are_active(name, monkeypatch):
     assert negative, "large negative LPI must be listed too"
 
 
+def test_what_counts_as_zero_and_how_many_are_listed():
+    """The definitions, which the tests above vary."""
+    assert (lpi.ZERO, scores.TOP_SHARE, scores.TOP_LEAST) == (1e-7, 0.02, 300)
+
+
 def test_equal_scores_are_listed_by_index(monkeypatch):
     """Experts that write nothing leave all their neurons at 0: the first ones are listed, over all layers."""
     monkeypatch.setattr(scores, "TOP_LEAST", 5)

@@ -195,6 +195,18 @@ def test_sums_agree_with_the_definition(step):
         assert (scores - neurons.sum(1)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("tile", [1, 97 * 3, 97 * 40])
+def test_results_do_not_depend_on_what_is_evaluated_at_once(tile, monkeypatch):
+    """Direct pairs and heads, one prompt or pair at a time or a few: each meets its own prompt's distribution."""
+    x = problem(12, step=20.0)
+    projection = lpi.Projection(lpi.Unembedding(x["weight"], x["offset"]), x["values"])
+    neurons, _, base = fast(x)
+    heads = lpi.of_sums(projection, x["coefficients"], base)
+    monkeypatch.setattr(lpi, "_TILE", tile)
+    assert (fast(x)[0] - neurons).abs().max() < 1e-6
+    assert (lpi.of_sums(projection, x["coefficients"], base) - heads).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("centred", [False, True])
 def test_the_unembedding_folds_norm_gain_centring_and_biases(centred):
     g = torch.Generator().manual_seed(1)
