@@ -216,11 +216,27 @@ def test_exposure_follows_zipf():
 
 
 def test_the_templates_of_a_fact_are_alike():
-    training = replace(MICRO, steps=1500, batch=4, zipf=2.0)
+    """Its documents come in turn: equally often, but for the last round."""
+    training = replace(MICRO, steps=300, batch=4, zipf=2.0)
     most = max(pretraining.corpus(RELATIONS, training), key=lambda fact: fact.share)
     seen = Counter(document for document in drawn(training) if document in most.documents)
-    assert sum(seen.values()) > 5_000
-    assert stats.chisquare([seen[document] for document in most.documents]).pvalue > 1e-3
+    assert sum(seen.values()) > 1_000
+    assert max(seen[d] for d in most.documents) - min(seen[d] for d in most.documents) <= 1
+
+
+def test_a_fact_that_is_not_held_out_is_first_shown_in_its_scored_template():
+    """So the seen part of the accuracy is seen: no fact is counted there whose scored prompt never came up."""
+    facts = {fact.prompt_id: fact for fact in pretraining.corpus(RELATIONS, MICRO)}
+    scored = {row["prompt_id"]: f"{row['text']} {row['object']}." for row in relations.prompts(RELATIONS)}
+    shown = set(drawn(replace(MICRO, steps=10, save_at=(10,))))  # few, so that no fact has been through all its documents
+    checked = 0
+    for prompt_id, fact in facts.items():
+        missing = set(fact.documents) - shown
+        if missing and missing != set(fact.documents) and not fact.held_out:
+            assert scored[prompt_id] in shown
+            checked += 1
+        assert not (fact.held_out and scored[prompt_id] in shown)
+    assert checked > 5
 
 
 def test_no_document_is_cut_or_lost():
@@ -326,7 +342,9 @@ def test_equal_seeds_give_equal_bytes_whatever_else_draws(run, tmp_path):
     assert again[1].equals(exposure)
 
 
-def test_equal_seeds_give_equal_bytes_with_two_threads(tmp_path):
+def test_equal_seeds_give_equal_bytes_with_two_threads(tmp_path, monkeypatch):
+    """Where a token goes to four experts, so that their gradients could be added in any order."""
+    monkeypatch.setitem(SHAPES, "olmoe", SHAPES["olmoe"] | {"num_experts_per_tok": 4})
     torch.set_num_threads(2)
     try:
         for name in "ab":

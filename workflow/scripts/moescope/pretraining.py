@@ -160,14 +160,17 @@ def corpus(relations: Sequence[Relation], training: Training) -> list[Exposed]:
     """Every fact with its documents (template filled, object, full stop) and its share of the exposure.
 
     The share of the fact of rank r is proportional to r ** -zipf; ranks are a seeded order over the facts of all
-    relations. A held-out fact has no document in its scored template. Raises PretrainingError if there are no facts.
+    relations. The scored template comes first; a held-out fact has no document in it. Raises PretrainingError if there
+    are no facts.
     """
     held: list[tuple[str, bool, tuple[str, ...]]] = []
     for relation in relations:
         subjects = _held_out_subjects(relation, training)
         for row, fact in enumerate(relation.facts):
             out = fact.subject in subjects
-            templates = _paraphrases(relation, fact.subject) if out else relation.all_templates
+            scored = relation.template_of(fact)
+            others = _paraphrases(relation, fact.subject) if out else relation.all_templates
+            templates = others if out else (scored, *(t for t in others if t != scored))
             documents = tuple(f"{fill(template, fact.subject)} {fact.object}." for template in templates)
             held.append((f"{relation.name}/{row}", out, documents))
     if not held:
@@ -234,7 +237,7 @@ def train_tokenizer(documents: Iterable[str], vocabulary: int) -> PreTrainedToke
         tokenizer_object=tokenizer,
         eos_token=EOS,
         pad_token=PAD,
-        add_prefix_space=True,  # without it the wrapper would undo the tokenizer's own setting
+        add_prefix_space=True,  # so that what is saved beside the tokenizer says what it does
         padding_side="right",
         clean_up_tokenization_spaces=False,
     )
@@ -257,7 +260,7 @@ class Batch:
 
 
 def batches(facts: Sequence[Exposed], tokenizer: PreTrainedTokenizerFast, training: Training) -> Iterator[Batch]:
-    """Endless batches of packed windows: documents drawn by share of fact, all documents of a fact alike.
+    """Endless batches of packed windows: facts drawn by their share, the documents of a fact in turn.
 
     A document goes into the first window with room for it; a batch is full at the first document that finds none,
     which opens the next. So every window begins with a document, as a prompt does, and none is cut. Raises
@@ -286,14 +289,15 @@ def batches(facts: Sequence[Exposed], tokenizer: PreTrainedTokenizerFast, traini
 
 
 def _draws(facts: Sequence[Exposed], rng: np.random.Generator, block: int = 4096) -> Iterator[tuple[int, int]]:
-    """Endless (fact, document) indices."""
+    """Endless (fact, document) indices: a fact's documents in turn, so that a fact which is not held out stands in its
+    scored template the first time it is shown."""
     import numpy as np
 
-    shares, counts = np.array([f.share for f in facts]), np.array([len(f.documents) for f in facts])
+    shares, shown = np.array([f.share for f in facts]), [0] * len(facts)
     while True:
-        chosen = rng.choice(len(facts), size=block, p=shares)
-        documents = (rng.random(block) * counts[chosen]).astype(int)
-        yield from zip(chosen.tolist(), documents.tolist(), strict=True)
+        for fact in rng.choice(len(facts), size=block, p=shares).tolist():
+            yield fact, shown[fact] % len(facts[fact].documents)
+            shown[fact] += 1
 
 
 def _tokenised(
