@@ -228,7 +228,8 @@ def test_a_fact_that_is_not_held_out_is_first_shown_in_its_scored_template():
     """So the seen part of the accuracy is seen: no fact is counted there whose scored prompt never came up."""
     facts = {fact.prompt_id: fact for fact in pretraining.corpus(RELATIONS, MICRO)}
     scored = {row["prompt_id"]: f"{row['text']} {row['object']}." for row in relations.prompts(RELATIONS)}
-    shown = set(drawn(replace(MICRO, steps=10, save_at=(10,))))  # few, so that no fact has been through all its documents
+    # few steps, so that many facts have not been through all their documents
+    shown = set(drawn(replace(MICRO, steps=10, save_at=(10,))))
     checked = 0
     for prompt_id, fact in facts.items():
         missing = set(fact.documents) - shown
