@@ -478,3 +478,8 @@ def test_an_acquired_checkpoint_is_the_one_of_its_manifest(tmp_path: Path):
             (directory / name).write_bytes(content)
     with checkpoints.acquire(entry) as found:
         assert found == directory
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
+    with pytest.raises(checkpoints.CheckpointError, match=r"nowhere: there is no such folder; correct the path"):
+        checkpoints.checkpoint_files(tmp_path / "nowhere")

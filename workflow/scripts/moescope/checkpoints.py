@@ -93,6 +93,8 @@ def checkpoint_files(directory: str | os.PathLike, gguf_file: str | None = None)
     Raises CheckpointError where the configuration, the weights or a part of them are missing, or come as pickles only.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise CheckpointError(f"{directory}: there is no such folder; correct the path")
     if gguf_file is not None:
         if not (directory / gguf_file).is_file():
             raise CheckpointError(f"{directory}: has no file {gguf_file}; correct gguf_file or the path of the series")
