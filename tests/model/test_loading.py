@@ -285,8 +285,10 @@ def test_code_of_a_checkpoint_never_runs(llama: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_directory_that_is_no_checkpoint_is_refused(tmp_path: Path):
-    with refused(f"{tmp_path / 'gone'}: has no config.json"):
+    with refused(f"{tmp_path / 'gone'}: there is no such folder"):
         checkpoints.load(tmp_path / "gone")
+    with refused(f"{tmp_path}: has no config.json"):
+        checkpoints.load(tmp_path)
 
 
 # Float32 computation
