@@ -204,7 +204,8 @@ def test_results_do_not_depend_on_what_is_evaluated_at_once(tile, monkeypatch):
     heads = lpi.of_sums(projection, x["coefficients"], base)
     monkeypatch.setattr(lpi, "_TILE", tile)
     assert (fast(x)[0] - neurons).abs().max() < 1e-6
-    assert (lpi.of_sums(projection, x["coefficients"], base) - heads).abs().max() < 1e-5
+    again = lpi.of_sums(projection, x["coefficients"], base)
+    assert ((again - heads).abs() <= 1e-6 * (1 + heads.abs())).all()  # heads of -150 nats, whatever the threads
 
 
 @pytest.mark.parametrize("centred", [False, True])
