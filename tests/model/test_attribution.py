@@ -8,8 +8,8 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from moescope import attribution, lpi, readout, scores, tables, targets
-from moescope.decomposition import decoder_of
+from moescope import attribution, clean, lpi, precision, readout, scores, statistics, tables, targets
+from moescope.decomposition import DecompositionError, decoder_of
 from tests.model import models
 
 
@@ -183,10 +183,10 @@ def test_active_sums_and_top_active(case):
                         scores["ffn"][layer, kind, expert, None, j] = score
         for component, of in scores.items():
             row, size = sums[prompt, component], len(of)
-            positive = [s for s in of.values() if s > lpi.ZERO]
+            positive = [s for s in of.values() if s > statistics.ZERO]
             assert row["active"] == size
             assert close(row["sum_positive"], sum(positive), 1e-5)
-            assert close(row["sum_negative"], sum(s for s in of.values() if s < -lpi.ZERO), 1e-5)
+            assert close(row["sum_negative"], sum(s for s in of.values() if s < -statistics.ZERO), 1e-5)
             assert close(row["sum_positive_log"], sum(s * math.log(s) for s in positive), 1e-4)
             share = math.ceil(0.02 * size)
             by_size = sorted(of, key=lambda k: -abs(of[k]))[:share]
@@ -273,11 +273,25 @@ def _path(model, module):
 def test_results_do_not_depend_on_batch_or_prompt_order(name, monkeypatch):
     model, prompts = models.build(name), models.prompts(2)
     together = attribution.attribute(model, models.tokenizer(), prompts)
-    monkeypatch.setattr(attribution, "BATCH_TOKENS", 1)  # one prompt a batch
+    monkeypatch.setattr(clean, "BATCH_TOKENS", 1)  # one prompt a batch
     alone = attribution.attribute(model, models.tokenizer(), prompts.sample(fraction=1, shuffle=True, seed=1))
     for table in ("predictions", "layers", "heads", "ffn_neurons", "attn_neurons", "routing", "active_sums"):
         if table in together:
             assert_frame_equal(together[table], alone[table], abs_tol=2e-5, rel_tol=2e-5)
+
+
+def test_scores_of_a_dense_layer_are_those_of_the_tables():
+    """What is masked prompt by prompt is what was averaged; a layer of experts has no dense neurons."""
+    model, prompts = models.build("qwen2_moe"), models.prompts()
+    neurons = attribution.attribute(model, models.tokenizer(), prompts)["ffn_neurons"]
+    with torch.no_grad(), precision.computing_in_float32(model):
+        run = clean.CleanRun.of(model, models.tokenizer(), prompts)
+        found = attribution.ffn_scores(1, run, lpi.Certificate())
+        with pytest.raises(DecompositionError, match="layer 0 has no dense feed-forward part"):
+            attribution.ffn_scores(0, run, lpi.Certificate())
+    expected = neurons.filter(pl.col("layer") == 1)["importance"].to_torch()
+    assert found.shape == (len(prompts), 48)
+    assert torch.allclose(found.mean(0).float(), expected)
 
 
 def test_argmax_targets_the_models_own_token():
@@ -354,7 +368,7 @@ def test_top_active_lists_the_largest_where_more_are_active(name, monkeypatch):
 
 def test_what_counts_as_zero_and_how_many_are_listed():
     """The definitions, which the tests above vary."""
-    assert (lpi.ZERO, scores.TOP_SHARE, scores.TOP_LEAST) == (1e-7, 0.02, 300)
+    assert (statistics.ZERO, scores.TOP_SHARE, scores.TOP_LEAST) == (1e-7, 0.02, 300)
 
 
 def test_equal_scores_are_listed_by_index(monkeypatch):

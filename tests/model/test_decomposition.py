@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moescope import attribution, targets
+from moescope import clean, targets
 from moescope.decomposition import (
     Decomposition,
     DecompositionError,
@@ -17,7 +17,7 @@ from tests.model import models
 def trace_of(model, times=1):
     rows = models.prompts(times).to_dicts()
     tokens = [t.tokens for t in targets.find(models.tokenizer(), rows)]
-    return Decomposition(model).trace(attribution._batches(tokens, torch.device("cpu")))
+    return Decomposition(model).trace(clean.batched(tokens, torch.device("cpu")))
 
 
 @pytest.mark.parametrize("name", models.FAMILIES)
@@ -84,7 +84,7 @@ def test_last_positions_do_not_depend_on_the_batch():
     tokens = [t.tokens for t in targets.find(models.tokenizer(), models.prompts().to_dicts())]
     assert len({len(t) for t in tokens}) > 2  # uneven lengths, so that there is padding
     for p, ids in enumerate(tokens):
-        alone = Decomposition(model).trace(attribution._batches([ids], torch.device("cpu")))
+        alone = Decomposition(model).trace(clean.batched([ids], torch.device("cpu")))
         assert (alone.logits[0] - together.logits[p]).abs().max() < 2e-5
         for one, all_ in zip(alone.layers, together.layers, strict=True):
             for name, c in one.coefficients.items():

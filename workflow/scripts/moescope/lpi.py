@@ -26,8 +26,6 @@ from torch import Tensor
 
 from moescope.errors import MoescopeError
 
-#: LPI below this (in nats) counts as zero for signs and shares.
-ZERO = 1e-7
 #: Vocabulary rows times neurons that are held at once; elements of one direct evaluation (they stay in the cache); and
 #: elements of the unembedding that are held in float64.
 _PROJECTED, _TILE, _DOUBLE = 2**25, 2**19, 2**25

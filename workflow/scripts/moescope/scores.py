@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moescope import lpi, tables
 from moescope.decomposition import LayerTrace, Site, Trace, routed_rows
+from moescope.statistics import ZERO
 
 #: Share of a prompt's active neurons listed in ``top_active``, and the least number by signed LPI.
 TOP_SHARE, TOP_LEAST = 0.02, 300
@@ -31,8 +32,8 @@ class Scores:
         self.components: list[tuple[int, str, Tensor]] = []
         self.heads: list[tuple[int, Tensor]] = []
         self.routing: list[pl.DataFrame] = []
-        by_relation = _indicator(prompts["relation"].to_list(), self.relations, device)
-        by_group = _indicator(prompts["group"].to_list(), list(range(GROUPS)), device) if groups else None
+        by_relation = indicator(prompts["relation"].to_list(), self.relations, device)
+        by_group = indicator(prompts["group"].to_list(), list(range(GROUPS)), device) if groups else None
         self.sums = {c: _NeuronSums(by_relation, by_group) for c in tables.COMPONENTS}
         self.active = {c: _ActiveNeurons(trace, c, listed=groups) for c in tables.COMPONENTS}
 
@@ -194,9 +195,9 @@ class _ActiveNeurons:
 
     def add(self, scores: Tensor, neurons: Tensor) -> None:
         """LPI [P, m] of active neurons with row numbers [m] or [P, m], ascending."""
-        positive = torch.where(scores > lpi.ZERO, scores, 0)
+        positive = torch.where(scores > ZERO, scores, 0)
         self.positive += positive.sum(1)
-        self.negative += torch.where(scores < -lpi.ZERO, scores, 0).sum(1)
+        self.negative += torch.where(scores < -ZERO, scores, 0).sum(1)
         self.log += torch.xlogy(positive, positive).sum(1)
         if self.listed:
             for name, (best, where) in self.best.items():
@@ -233,7 +234,7 @@ class _ActiveNeurons:
         ).hstack(index[union["row"]])
 
 
-def _indicator(labels: list, names: list, device: torch.device) -> Tensor:
+def indicator(labels: list, names: list, device: torch.device) -> Tensor:
     """[names, P] float64: 1 where a prompt has the label."""
     return torch.tensor([[float(label == name) for label in labels] for name in names], device=device).double()
 
