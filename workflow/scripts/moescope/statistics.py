@@ -3,7 +3,7 @@
 The unit that is resampled is the subject, jointly over all relations it occurs in: prompts that share a subject are
 not independent. The draws depend on nothing but the set of subjects and the seed, so that two checkpoints, models or
 metrics are compared on the same draws. Intervals are 95% percentile intervals (Efron and Tibshirani 1993, section
-13.3); they suit means and rates, not set overlaps.
+13.3); they suit means and rates, not set overlaps: those have the delete-a-group jackknife (Kott 2001).
 """
 
 from __future__ import annotations
@@ -14,11 +14,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import stdtrit
 
 from moescope.errors import MoescopeError
 
 DRAWS = 2000
 LEVEL = 0.95
+#: Importance below this (in nats) counts as zero for signs and shares.
+ZERO = 1e-7
 
 
 class StatisticsError(MoescopeError):
@@ -114,18 +117,29 @@ class Resamples:
 
     def micro(self, strata: Sequence[int] | None = None) -> Estimate:
         """Mean over all prompts of these strata (all strata by default): a ratio of sums in every draw."""
-        chosen = self._chosen(strata)
-        with np.errstate(invalid="ignore"):
-            means = self.totals[:, chosen].sum(axis=1) / self.sizes[:, chosen].sum(axis=1)[:, None]
-        return self._estimate(means, chosen)
+        return self._estimate(self.draws("micro", strata), self._chosen(strata))
 
     def macro(self, strata: Sequence[int] | None = None) -> Estimate:
         """Mean over these strata of their prompts' means; a stratum without prompts in a draw is left out of it."""
+        return self._estimate(self.draws("macro", strata), self._chosen(strata))
+
+    def draws(self, average: str = "micro", strata: Sequence[int] | None = None) -> np.ndarray:
+        """The ``micro`` or ``macro`` mean in the sample (row 0) and in every draw, [1 + draws, columns].
+
+        NaN where a draw holds no prompt of these strata. What is computed from several means (differences, ratios) has
+        its interval in the percentiles of the same thing computed in every row.
+        """
         chosen = self._chosen(strata)
-        sizes = self.sizes[:, chosen, None]
-        means = np.divide(self.totals[:, chosen], sizes, out=np.zeros(self.totals[:, chosen].shape), where=sizes > 0)
         with np.errstate(invalid="ignore"):
-            return self._estimate(means.sum(axis=1) / (sizes > 0).sum(axis=1), chosen)
+            if average == "micro":
+                return self.totals[:, chosen].sum(axis=1) / self.sizes[:, chosen].sum(axis=1)[:, None]
+            totals, sizes = self.totals[:, chosen], self.sizes[:, chosen, None]
+            means = np.divide(totals, sizes, out=np.zeros(totals.shape), where=sizes > 0)
+            return means.sum(axis=1) / (sizes > 0).sum(axis=1)
+
+    def subjects(self, strata: Sequence[int] | None = None) -> int:
+        """Number of subjects with prompts of these strata; fewer than two give no interval."""
+        return int(self.present[:, self._chosen(strata)].any(axis=1).sum())
 
     def prompts(self, strata: Sequence[int] | None = None) -> int:
         """Number of prompts of these strata in the sample."""
@@ -136,7 +150,7 @@ class Resamples:
 
     def _estimate(self, means: np.ndarray, strata: np.ndarray) -> Estimate:
         value = means[0]
-        if self.present[:, strata].any(axis=1).sum() < 2:
+        if self.subjects(strata) < 2:
             return Estimate(value, np.full_like(value, np.nan), np.full_like(value, np.nan))
         return Estimate(value, *percentiles(means[1:]))
 
@@ -150,3 +164,43 @@ def percentiles(draws: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np
     ends[:, whole] = np.percentile(draws[:, whole], tails, axis=0)
     ends[:, some] = np.nanpercentile(draws[:, some], tails, axis=0)
     return ends[0], ends[1]
+
+
+def jackknife(value: ArrayLike, without: ArrayLike, variance: ArrayLike = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the 95% interval value -+ t(G - 1) x delete-a-group jackknife standard error, both of value's shape.
+
+    ``value`` [...] is the statistic of all subjects, ``without`` [..., groups] the same without each of the groups,
+    NaN (or null) where a group has no prompts: it does not count among the G. ``variance`` [...] of an independent
+    source (seeds) is added. NaN where the value is, or where fewer than two groups are left.
+    """
+    value = np.asarray(value, dtype=np.float64)
+    error, groups = jackknife_error(without)
+    quantile = stdtrit(np.maximum(groups - 1, 1), 0.5 + LEVEL / 2)
+    reach = quantile * np.sqrt(error**2 + np.asarray(variance, dtype=np.float64))
+    return value - reach, value + reach
+
+
+def rounding_variance(resolution: ArrayLike, groups: int = 10) -> np.ndarray:
+    """The variance that the jackknife cannot see in a statistic that moves by steps of ``resolution``.
+
+    Each of the G values without a group is rounded to a whole step, which leaves resolution^2 / 12; the jackknife
+    multiplies the spread of these values by G - 1. Without it a small set whose members no group changes would have an
+    interval of no width.
+    """
+    return (groups - 1) / 12 * np.asarray(resolution, dtype=np.float64) ** 2
+
+
+def jackknife_error(without: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+    """Standard error and number of groups G of a statistic, from its values without each group, [..., groups].
+
+    SE^2 = (G - 1) / G x sum over groups of (theta_(g) - mean of theta_(g))^2 (after Kott 2001, J. Off. Stat. 17, 521);
+    NaN values are groups without prompts; fewer than two groups have no error (NaN).
+    """
+    without = np.asarray(without, dtype=np.float64)
+    held = ~np.isnan(without)
+    groups = held.sum(axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = np.where(held, without, 0.0).sum(axis=-1) / groups
+        squares = np.where(held, without - mean[..., None], 0.0) ** 2
+        error = np.sqrt((groups - 1) / groups * squares.sum(axis=-1))
+    return np.where(groups > 1, error, np.nan), groups

@@ -48,8 +48,19 @@ class Schema:
 
 _FFN_NEURON = {"layer": ID, "kind": TEXT, "expert": ID, "neuron": ID}
 _ATTN_NEURON = {"layer": ID, "head": ID, "neuron": ID}
+_MEASURES = ("effect", "lpi", "gradient", "magnitude")
 _GROUPS = {f"group_{g}": SCORE for g in range(10)}
 _INTERVAL = {"value": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+_NO_INTERVAL = frozenset({"value", "low", "high"})
+
+#: The value without each of the ten groups of subjects.
+_WITHOUT = {f"without_{g}": pl.Float64 for g in range(10)}
+#: What tells one ablation result of a checkpoint from another.
+_ABLATED = {
+    **dict.fromkeys(("site", "size", "ranking", "control"), TEXT),
+    "crossfit": FLAG,
+    **dict.fromkeys(("scope", "name", "average", "metric"), TEXT),
+}
 
 SCHEMAS: dict[str, Schema] = {
     "prompts": Schema(
@@ -123,6 +134,34 @@ SCHEMAS: dict[str, Schema] = {
         key=("prompt_id", "layer", "expert"),
         nullable=frozenset({"slot"}),
     ),
+    # what breaks without a part: site head, ffn_neuron or none (the clean run); fold is the one the prompt is tested in
+    "ablations": Schema(
+        {
+            **dict.fromkeys(("site", "size", "ranking", "control"), TEXT),
+            **dict.fromkeys(("fold", "seed"), ID),
+            "prompt_id": TEXT,
+            "rank": COUNT,
+            **dict.fromkeys(("log_prob", "removed"), SCORE),
+        },
+        key=("site", "size", "ranking", "control", "fold", "seed", "prompt_id"),
+        nullable=frozenset({"ranking", "fold", "seed", "removed"}),
+    ),
+    # sampled neurons: means over the prompts in which each is active; and the same, prompt by prompt
+    "faithfulness": Schema(
+        {**_FFN_NEURON, "active": COUNT, **dict.fromkeys(_MEASURES, SCORE)},
+        key=tuple(_FFN_NEURON),
+        nullable=frozenset({"expert"}),
+    ),
+    "faithfulness_prompts": Schema(
+        {**_FFN_NEURON, "prompt_id": TEXT, **dict.fromkeys(_MEASURES, SCORE)},
+        key=(*_FFN_NEURON, "prompt_id"),
+        nullable=frozenset({"expert"}),
+    ),
+    # a dense model whose neurons are kept, block by block, as a mixture of experts routed the same prompt
+    "masked_groups": Schema(
+        {"layer": ID, "neuron": ID, "seed": ID, "active": COUNT, "importance": SCORE, **_GROUPS},
+        key=("layer", "neuron", "seed"),
+    ),
     "exposure": Schema({"prompt_id": TEXT, "exposures": COUNT, "held_out": FLAG}, key=("prompt_id",)),
     "training": Schema({"step": COUNT, "tokens": COUNT, "loss": pl.Float64, "lr": pl.Float64}, key=("step",)),
     # results/attribution/<series>/: what the first figures show, with 95% intervals over subjects
@@ -156,6 +195,111 @@ SCHEMAS: dict[str, Schema] = {
         key=("relation", "rank"),
         nullable=frozenset({"step", "low", "high", "elsewhere"}),
     ),
+    # results/dynamics/<series>/. The interval rests on without_0 to without_9, the value without one group of subjects,
+    # on spread, the standard deviation between seeds, and on resolution, what one neuron more in a set is worth
+    "neuron_dynamics": Schema(
+        {
+            **dict.fromkeys(("component", "population", "average", "metric"), TEXT),
+            **dict.fromkeys(("step_from", "step", "tokens"), COUNT),
+            **_INTERVAL,
+            **dict.fromkeys(("spread", "resolution"), pl.Float64),
+            **dict.fromkeys(("prompts", "left_out"), COUNT),
+            **_WITHOUT,
+        },
+        key=("component", "population", "average", "metric", "step"),
+        nullable=_NO_INTERVAL | {"step_from", "tokens", "spread", "resolution", "prompts", "left_out", *_WITHOUT},
+    ),
+    "prompt_dynamics": Schema(
+        {
+            **dict.fromkeys(("prompt_id", "component"), TEXT),
+            **dict.fromkeys(("step_from", "step"), COUNT),
+            **dict.fromkeys(("positive_share", "effective_share", "jaccard"), pl.Float64),
+        },
+        key=("component", "step", "prompt_id"),
+        nullable=frozenset({"step_from", "positive_share", "effective_share", "jaccard"}),
+    ),
+    "overlap": Schema(
+        {
+            "component": TEXT,
+            **dict.fromkeys(("step_from", "step"), COUNT),
+            **dict.fromkeys(("jaccard", "survival"), pl.Float64),
+            "identical": FLAG,
+        },
+        key=("component", "step_from", "step"),
+    ),
+    "layer_dynamics": Schema(
+        {**dict.fromkeys(("component", "metric", "window"), TEXT), **_INTERVAL, "checkpoints": COUNT},
+        key=("component", "metric", "window"),
+        nullable=_NO_INTERVAL,
+    ),
+    "profile_similarity": Schema(
+        {"component": TEXT, "metric": TEXT, "step": COUNT, "tokens": COUNT, **_INTERVAL},
+        key=("component", "metric", "step"),
+        nullable=_NO_INTERVAL | {"tokens"},
+    ),
+    "robustness": Schema(
+        {
+            "step": COUNT,
+            "tokens": COUNT,
+            **_ABLATED,
+            **dict.fromkeys(("clean", "ablated"), pl.Float64),
+            **_INTERVAL,
+            **dict.fromkeys(("removed", "p"), pl.Float64),
+            **dict.fromkeys(("units", "prompts", "seeds"), COUNT),
+            "degenerate": FLAG,
+        },
+        key=("step", *_ABLATED),
+        nullable=_NO_INTERVAL | {"tokens", "ranking", "name", "removed", "p"},
+    ),
+    "robustness_summary": Schema(
+        {
+            **_ABLATED,
+            "statistic": TEXT,
+            **_INTERVAL,
+            **dict.fromkeys(("checkpoints", "unavailable"), COUNT),
+            "degenerate": FLAG,
+        },
+        key=(*_ABLATED, "statistic"),
+        nullable=_NO_INTERVAL | {"ranking", "name"},
+    ),
+    "score_faithfulness": Schema(
+        {"step": COUNT, "tokens": COUNT, "kind": TEXT, "score": TEXT, **_INTERVAL, "neurons": COUNT},
+        key=("step", "kind", "score"),
+        nullable=_NO_INTERVAL | {"tokens"},
+    ),
+    # results/dynamics/all/: series beside each other, and the tables of the paper
+    "sparsity": Schema(
+        {
+            **dict.fromkeys(("moe", "dense", "claim", "test"), TEXT),
+            **{f"{one}_{end}": pl.Float64 for one in ("moe", "dense", "difference") for end in _INTERVAL},
+            "exceeds": FLAG,
+        },
+        key=("moe", "dense", "claim", "test"),
+        nullable=frozenset(
+            {f"{one}_{end}" for one in ("moe", "dense", "difference") for end in _INTERVAL} | {"exceeds"}
+        ),
+    ),
+    "verdict": Schema(
+        {**dict.fromkeys(("moe", "dense", "claim"), TEXT), "beyond_sparsity": FLAG, "because": TEXT},
+        key=("moe", "dense", "claim"),
+        nullable=frozenset({"beyond_sparsity"}),
+    ),
+    **{
+        f"table_{number}": Schema(
+            {
+                **dict.fromkeys(("series", "component", "quantity", "condition"), TEXT),
+                **_INTERVAL,
+                **{f"null_{end}": pl.Float64 for end in _INTERVAL},
+                "null": TEXT,
+                "checkpoints": COUNT,
+                "published": pl.Float64,
+                "note": TEXT,
+            },
+            key=("series", "component", "quantity", "condition"),
+            nullable=_NO_INTERVAL | {"null_value", "null_low", "null_high", "null", "published", "note"},
+        )
+        for number in (2, 3, 4)
+    },
 }
 
 
