@@ -1,0 +1,270 @@
+"""The forward pass taken up again in the middle: what lies before an intervention is computed once.
+
+The residual stream between two layers is all that the later ones see, so layers that are skipped hand on a recorded
+stream. After the last but one position of a prompt is done, its keys and values are all that the last position sees:
+then a changed residual there costs one token, not a prompt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from moescope.clean import CleanRun
+from moescope.decomposition import Decomposition
+
+
+class _Stream:
+    """The residual stream that skipped layers hand on; whoever reads it first fills it, where nobody has before."""
+
+    def __init__(self, hidden: Tensor | None = None):
+        self.hidden = hidden
+
+    def read(self, args: tuple, kwargs: dict) -> Tensor:
+        """What a module of these arguments is to read."""
+        if self.hidden is None:
+            self.hidden = args[0] if args else kwargs["hidden_states"]
+        return self.hidden
+
+    def enter(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        """The pre-hook of the module that reads the stream in earnest."""
+        hidden = self.read(args, kwargs)
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+
+class _Skipped(nn.Module):
+    """In the place of a layer: costs nothing, not even the upcast of its weights."""
+
+    def __init__(self, layer: nn.Module, stream: _Stream):
+        super().__init__()
+        # past nn.Module, which would make the layer a child
+        self.__dict__.update(layer=layer, stream=stream)
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.__dict__["layer"], name)  # models ask layers for their kind of attention
+
+    def forward(self, *args: object, **kwargs: object) -> Tensor:
+        return self.stream.read(args, kwargs)
+
+
+@contextlib.contextmanager
+def _skipping(decomposition: Decomposition, skipped: range, stream: _Stream) -> Iterator[None]:
+    """Run the model without some layers in a row; the next layer (or the final norm) reads ``stream``.
+
+    Whether layers return a tensor or a tuple need not be known: what the skipped ones return is never read.
+    """
+    layers = decomposition.layers
+    after = layers[skipped.stop] if skipped.stop < len(layers) else decomposition.norm
+    with contextlib.ExitStack() as restoring:
+        for i in skipped:
+            restoring.callback(layers.__setitem__, i, layers[i])
+            layers[i] = _Skipped(layers[i], stream)
+        restoring.callback(after.register_forward_pre_hook(stream.enter, with_kwargs=True).remove)
+        yield
+
+
+@contextlib.contextmanager
+def from_layer(decomposition: Decomposition, layer: int, hidden: Tensor) -> Iterator[None]:
+    """Start at a layer: within the context a run on token ids [B, T] begins with ``hidden`` [B, T, d], what that layer
+    read when it was recorded (``layer`` = number of layers: the final norm)."""
+    with _skipping(decomposition, range(layer), _Stream(hidden)):
+        yield
+
+
+@torch.no_grad()
+def hidden_at(decomposition: Decomposition, layer: int, ids: Tensor) -> Tensor:
+    """What a layer reads at all positions of token ids [B, T], later layers left out: [B, T, d]. Within ``from_layer``
+    of an earlier layer it goes on from there."""
+    stream = _Stream()
+    with _skipping(decomposition, range(layer, len(decomposition.layers)), stream):
+        last_logits(decomposition.model, ids)
+    return stream.hidden
+
+
+def last_logits(model: nn.Module, ids: Tensor, **cache: object) -> Tensor:
+    """The model's logits at the last position of token ids [B, T] without padding: float32 [B, V]."""
+    return _run(model, ids, **{"use_cache": False, **cache}).logits[:, -1].float()
+
+
+def _run(model: nn.Module, ids: Tensor, **options: object) -> object:
+    router = {"output_router_logits": False} if hasattr(model.config, "output_router_logits") else {}
+    return model(ids, logits_to_keep=1, **options, **router)
+
+
+def log_prob(logits: Tensor, target: Tensor) -> Tensor:
+    """log p(target) of float32 logits [n, V], targets [n]: float64 [n], to 2e-7 nats of log-softmax in float64.
+
+    Differences from the largest logit are exact to their own size, so that float32 exponentials lose nothing that
+    counts; in float64 they would take most of the time of a small model.
+    """
+    largest = logits.amax(1, keepdim=True)
+    total = (logits - largest).exp_().sum(1)
+    return (logits.gather(1, target[:, None]).double() - largest.double())[:, 0] - total.double().log()
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts of one length: ``rows`` [n] among all prompts, token ``ids`` [n, T], and ``prefixes`` [n, T]: equal
+    numbers where everything up to a position is equal."""
+
+    rows: Tensor
+    ids: Tensor
+    prefixes: Tensor
+
+
+def by_length(run: CleanRun) -> list[Group]:
+    """The prompts in batches without padding, shortest first, those that begin alike beside each other."""
+    numbers: dict[tuple[int, int], int] = {}
+    groups: dict[int, list[tuple[tuple[int, ...], int, list[int]]]] = defaultdict(list)
+    for row, target in enumerate(run.targets):
+        path = [-1]
+        for token in target.tokens:
+            path.append(numbers.setdefault((path[-1], token), len(numbers)))
+        groups[len(target.tokens)].append((target.tokens, row, path[1:]))
+    device = run.decomposition.device
+    columns = (zip(*sorted(groups[length]), strict=True) for length in sorted(groups))
+    return [Group(*(torch.tensor(c, device=device) for c in (rows, ids, paths))) for ids, rows, paths in columns]
+
+
+class Distinct:
+    """The positions of a batch that are computed by what works position by position: one per distinct prefix."""
+
+    def __init__(self) -> None:
+        self.first: Tensor | None = None
+        self.place: Tensor | None = None
+
+    def of(self, prefixes: Tensor) -> None:
+        """The batch that runs next has these prefixes [B, T]."""
+        found, place = prefixes.unique(return_inverse=True)
+        self.place = place.flatten()
+        everywhere = torch.arange(len(self.place), device=place.device)
+        self.first = self.place.new_empty(len(found)).scatter_(0, self.place, everywhere)
+
+    def run(self, forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object) -> object:
+        """A position-wise module on hidden states [B, T, d]."""
+        if self.first is None or hidden.dim() != 3:
+            return forward(hidden, *args, **kwargs)
+        out = forward(hidden.flatten(0, 1)[self.first][None], *args, **kwargs)
+        return _replaced(out, _first(out)[0][self.place].view_as(hidden))
+
+
+def _at_last_position(forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object) -> object:
+    if hidden.dim() != 3:
+        return forward(hidden, *args, **kwargs)
+    out = forward(hidden[:, -1:], *args, **kwargs)
+    written = torch.zeros_like(hidden)
+    written[:, -1:] = _first(out)
+    return _replaced(out, written)
+
+
+def _first(output: object) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _replaced(output: object, first: Tensor) -> object:
+    return (first, *output[1:]) if isinstance(output, tuple) else first
+
+
+@contextlib.contextmanager
+def sparing(decomposition: Decomposition) -> Iterator[Distinct]:
+    """Leave out what nobody reads and what is known: feed-forward parts run once for positions whose prefixes are equal
+    (named for each batch with ``Distinct.of``), those of the last layer at the last position alone (no padding).
+
+    Changes nothing at the last position, as long as feed-forward parts work position by position.
+    """
+    distinct, last = Distinct(), len(decomposition.layers) - 1
+    parts = {(site.layer, site.branch) for site in decomposition.sites if site.kind != "attn"}
+    with contextlib.ExitStack() as restoring:
+        for layer, branch in parts:
+            module = decomposition.layers[layer].get_submodule(branch)
+            restoring.callback(_restore_forward, module, module.__dict__.get("forward"))
+            spare = _at_last_position if layer == last else distinct.run
+            module.forward = functools.partial(spare, module.forward)
+        yield distinct
+
+
+def _restore_forward(module: nn.Module, before: Callable | None) -> None:
+    if before is None:
+        del module.forward
+    else:
+        module.forward = before
+
+
+class LastPosition:
+    """The last position of n prompts of one length, run again from a residual after any layer.
+
+    Holds the keys and values of all positions before it: n x T x layers x 2 x width of the keys, float32.
+    """
+
+    @torch.no_grad()
+    def __init__(self, decomposition: Decomposition, ids: Tensor, target: Tensor):
+        """``ids`` [n, T] without padding, ``target`` [n]."""
+        self.decomposition, self.model = decomposition, decomposition.model
+        self.last, self.target = ids[:, -1:], target
+        before = ids[:, :-1]
+        self.cache = _run(self.model, before, use_cache=True).past_key_values if before.shape[1] else None
+
+    def _cache(self, layer: int, prompts: Tensor) -> dict:
+        """Keys and values of some prompts for the layers from ``layer`` on; what a run adds to them is its own."""
+        if self.cache is None:
+            return {}
+        cache = copy.copy(self.cache)
+        cache.layers = [copy.copy(one) for one in self.cache.layers]
+        for mine, clean in zip(cache.layers[layer:], self.cache.layers[layer:], strict=True):
+            mine.update = functools.partial(_extended, clean, prompts)
+        return {"past_key_values": cache, "use_cache": True}
+
+    def logits(self, layer: int, residual: Tensor, prompts: Tensor) -> Tensor:
+        """Logits [rows, V] where the last position leaves ``layer`` with ``residual`` [rows, d], each row in the prompt
+        of that number."""
+        with from_layer(self.decomposition, layer + 1, residual[:, None]):
+            return last_logits(self.model, self.last[prompts], **self._cache(layer + 1, prompts))
+
+    @torch.no_grad()
+    def log_prob(self, layer: int, residual: Tensor, prompts: Tensor) -> Tensor:
+        """The same as log p(target): float64 [rows]."""
+        return log_prob(self.logits(layer, residual, prompts), self.target[prompts])
+
+    def gradients(self, residuals: list[Tensor]) -> list[Tensor]:
+        """d log p(target) / d residual after every layer, where those are the clean ``residuals``: lists of [n, d].
+
+        One layer is differentiated at a time, last to first, so that no more than one is held in float32.
+        """
+        layers, everyone = self.decomposition.layers, torch.arange(len(self.target), device=self.target.device)
+        top = residuals[-1].detach().clone().requires_grad_()
+        with _differentiating():
+            value = self.logits(len(layers) - 1, top, everyone).double().log_softmax(-1)
+            found = list(torch.autograd.grad(value.gather(1, self.target[:, None]).sum(), top))
+        for layer in range(len(layers) - 1, 0, -1):
+            below, written = residuals[layer - 1].detach().clone().requires_grad_(), []
+            hook = layers[layer].register_forward_hook(lambda m, args, out, to=written: to.append(_first(out)))
+            try:
+                with _differentiating(), _skipping(self.decomposition, range(layer + 1, len(layers)), _Stream()):
+                    self.logits(layer - 1, below, everyone)
+                    found += torch.autograd.grad(written[0], below, found[-1][:, None])
+            finally:
+                hook.remove()
+        return found[::-1]
+
+
+def _extended(clean: CacheLayerMixin, prompts: Tensor, *update: object, **options: object) -> tuple[Tensor, Tensor]:
+    """Keys and values of some prompts with those of the last position: gathered when a layer asks, then forgotten."""
+    mine = copy.copy(clean)
+    mine.batch_select_indices(prompts)
+    return mine.update(*update, **options)
+
+
+@contextlib.contextmanager
+def _differentiating() -> Iterator[None]:
+    """Record gradients. Weights are remembered as they are now: an upcast block gives its float32 copy back before the
+    backward pass asks for it."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+        yield
