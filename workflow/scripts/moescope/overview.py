@@ -32,7 +32,7 @@ class Checkpoint(NamedTuple):
     frame: pl.DataFrame
 
 
-class _Prompts:
+class Prompts:
     """What the summaries need to know of the prompts: relation, category and subject of each, and the draws."""
 
     def __init__(self, prompts: pl.DataFrame, seed: int) -> None:
@@ -79,7 +79,7 @@ def accuracy(
     of the *seen* prompts by how often their fact was met, 1 the rarest. A subset or scope without prompts has no row.
     Micro averages run over prompts, macro averages over relations. Raises OverviewError where tables do not fit.
     """
-    known = _Prompts(prompts, seed)
+    known = Prompts(prompts, seed)
     rows = []
     for step, tokens, frame in checkpoints:
         placed = known.place(frame, step)
@@ -93,7 +93,7 @@ def accuracy(
     return _table("accuracy", rows)
 
 
-def _accuracies(known: _Prompts, sums: Resamples, strata: set[int]) -> Iterator[tuple]:
+def _accuracies(known: Prompts, sums: Resamples, strata: set[int]) -> Iterator[tuple]:
     for scope, name, members in known.scopes(strata):
         averages = {"micro": sums.micro(members)}
         if scope != "relation":
@@ -137,10 +137,10 @@ def layer_importance(checkpoints: Iterable[Checkpoint], prompts: pl.DataFrame, s
 
     ``checkpoints`` carry ``layers``. Per layer, and their mean and sum over layers (``layer`` is null there).
     """
-    known = _Prompts(prompts, seed)
+    known = Prompts(prompts, seed)
     rows = []
     for step, tokens, frame in checkpoints:
-        placed, layers, increase = _by_layer(known.place(frame, step), step)
+        placed, layers, increase = by_layer(known.place(frame, step), step)
         columns = np.concatenate(
             [increase, increase.mean(axis=1, keepdims=True), increase.sum(axis=1, keepdims=True)], axis=1
         )
@@ -151,7 +151,7 @@ def layer_importance(checkpoints: Iterable[Checkpoint], prompts: pl.DataFrame, s
     return _table("layer_importance", rows)
 
 
-def _by_layer(frame: pl.DataFrame, step: int | None) -> tuple[pl.DataFrame, list[int], np.ndarray]:
+def by_layer(frame: pl.DataFrame, step: int | None) -> tuple[pl.DataFrame, list[int], np.ndarray]:
     """One row per prompt, the layers, and the increases [prompts, layers, components]."""
     frame = frame.sort("prompt_id", "layer", "component")
     layers = frame["layer"].unique().sort().to_list()
@@ -172,7 +172,7 @@ def top_experts(routing: pl.DataFrame, prompts: pl.DataFrame, step: int | None, 
     the relation's prompts that were routed to it; experts that none was routed to are not listed. Chosen and estimated
     on the same prompts: the values of the first ranks are optimistic. Ties go to the earlier layer and expert.
     """
-    known = _Prompts(prompts, seed)
+    known = Prompts(prompts, seed)
     placed = known.place(routing.select("prompt_id", "layer", "expert", "slot", "lpi"), step)
     scored, experts, increase, used = _by_expert(placed)
     stratum, subject = scored["_stratum"].to_numpy(), scored["_subject"].to_numpy()
