@@ -13,9 +13,9 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 
-from moescope import plots, tables
+from moescope import drawing, plots, tables
+from tests.reading import assert_clear_of_data, assert_curve, assert_legible, panel, segments
 
 RELATIONS = {
     "linguistic": ["adj_antonym", "word_first_letter", "word_last_letter"],
@@ -115,50 +115,14 @@ def drawn():
     return get
 
 
-def texts(figure):
-    """(text, bounding box in pixels) of everything that is written, tick labels only where their tick is in view."""
-    renderer = figure.canvas.get_renderer()
-    written = [figure._suptitle]
-    for axes in figure.axes:
-        written += [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-        written += [text for text in axes.texts if isinstance(text, Annotation)]
-        for axis in (axes.xaxis, axes.yaxis):
-            written += [tick.label1 for tick in axis._update_ticks() if tick.label1.get_visible()]
-        if axes.get_legend():
-            written += axes.get_legend().get_texts()
-    for legend in figure.legends:
-        written += legend.get_texts()
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in written if text.get_text().strip()]
-
-
 @figures
 def test_no_text_overlaps_another_or_leaves_the_page(drawn, draw, table):
-    figure = drawn(draw, table)
-    page, written = figure.bbox, texts(figure)
-    assert len(written) > 5
-    for text, box in written:
-        assert box.x0 >= page.x0 - 1, text
-        assert box.y0 >= page.y0 - 1, text
-        assert box.x1 <= page.x1 + 1, text
-        assert box.y1 <= page.y1 + 1, text
-    for (one, first), (other, second) in itertools.combinations(written, 2):
-        width = min(first.x1, second.x1) - max(first.x0, second.x0)
-        height = min(first.y1, second.y1) - max(first.y0, second.y0)
-        assert min(width, height) < 1, f"{one!r} and {other!r} overlap by {width:.1f} x {height:.1f} pixels"
+    assert_legible(drawn(draw, table))
 
 
 @figures
 def test_text_keeps_off_the_data(drawn, draw, table):
-    """No legend and no title reaches into the area of any panel."""
-    figure = drawn(draw, table)
-    renderer = figure.canvas.get_renderer()
-    boxes = [axes.get_legend().get_window_extent(renderer) for axes in figure.axes if axes.get_legend()]
-    boxes += [legend.get_window_extent(renderer) for legend in figure.legends]
-    boxes += [axes._left_title.get_window_extent(renderer) for axes in figure.axes if axes._left_title.get_text()]
-    for box, axes in itertools.product(boxes, figure.axes):
-        area = axes.get_window_extent(renderer)
-        width, height = min(box.x1, area.x1) - max(box.x0, area.x0), min(box.y1, area.y1) - max(box.y0, area.y0)
-        assert min(width, height) < 1
+    assert_clear_of_data(drawn(draw, table))
 
 
 @figures
@@ -182,35 +146,6 @@ def test_axes_name_their_units(drawn, draw, table):
         named = axes.get_ylabel() or [tick.get_text() for tick in axes.get_yticklabels()]
         assert named or draw is plots.layer_profiles or axes.get_shared_y_axes().joined(axes, figure.axes[0])
     assert "tiny-olmoe" in figure._suptitle.get_text()
-
-
-def lines(axes, label):
-    """(x, y, colour) of the curve whose legend entry begins with the label."""
-    (line,) = [line for line in axes.lines if line.get_label().startswith(label)]
-    return np.asarray(line.get_xdata(), float), np.asarray(line.get_ydata(), float), to_hex(line.get_color())
-
-
-def band(axes, colour):
-    """x -> (low, high) of the band in this colour."""
-    (found,) = [c for c in axes.collections if len(c.get_facecolor()) and to_hex(c.get_facecolor()[0]) == colour]
-    corners = found.get_paths()[0].vertices
-    return {x: (corners[corners[:, 0] == x, 1].min(), corners[corners[:, 0] == x, 1].max()) for x in corners[:, 0]}
-
-
-def panel(figure, title):
-    (axes,) = [axes for axes in figure.axes if axes._left_title.get_text() == title]
-    return axes
-
-
-def assert_curve(axes, label, rows, over="step"):
-    """The curve and its band are the rows' values and intervals."""
-    rows = rows.sort(over)
-    x, y, colour = lines(axes, label)
-    assert x.tolist() == rows[over].to_list()
-    assert y == pytest.approx(rows["value"].to_numpy())
-    drawn_band = band(axes, colour)
-    for step, low, high in rows.select(over, "low", "high").iter_rows():
-        assert drawn_band[step] == pytest.approx((low, high))
 
 
 @pytest.mark.parametrize("count", [2, 12, 60])
@@ -252,12 +187,6 @@ def test_one_category_is_shown_by_relation_and_one_relation_not_at_all(drawn):
     rows = table.filter(pl.col("subset") == "all", pl.col("name") == "b", pl.col("metric") == "hit@10")
     assert_curve(axes, "b (n", rows)
     assert len(drawn(*FIGURES["accuracy, one relation, 12 steps"]).axes) == 2
-
-
-def segments(axes):
-    """y -> (x0, x1) of the horizontal intervals."""
-    ends = [segment for collection in axes.collections for segment in collection.get_segments()]
-    return {round(segment[0, 1], 6): (segment[0, 0], segment[1, 0]) for segment in ends}
 
 
 def test_one_checkpoint_is_a_list_of_points_with_intervals(drawn):
@@ -343,7 +272,7 @@ def test_the_step_axis_shows_every_checkpoint_and_names_its_scale(drawn, count):
 
 
 def test_ticks_are_written_short():
-    assert [plots._short(step) for step in (0, 700, 5000, 12_500, 1_220_000)] == ["0", "700", "5K", "12.5K", "1.22M"]
+    assert [drawing.short(step) for step in (0, 700, 5000, 12_500, 1_220_000)] == ["0", "700", "5K", "12.5K", "1.22M"]
 
 
 def test_values_without_interval_are_drawn_without_band():
@@ -372,7 +301,7 @@ def test_main_stands_alone_or_not_at_all(draw):
 def test_an_empty_table_is_refused(draw):
     table = {plots.accuracy: accuracy_table, plots.top_experts: experts_table}.get(draw, importance_table)
     empty = table(RELATIONS) if draw is plots.top_experts else table([1])
-    with pytest.raises(plots.PlotError, match="is empty"):
+    with pytest.raises(drawing.PlotError, match="is empty"):
         draw(empty.clear(), "x")
 
 
@@ -411,9 +340,9 @@ def test_ordered_groups_grow_lighter(drawn):
 LIBRARY = {**os.environ, "PYTHONPATH": str(Path(plots.__file__).parents[1])}
 SAVE = """
 import sys, polars as pl
-from moescope import plots
+from moescope import drawing, plots
 draw = getattr(plots, sys.argv[1])
-plots.save(draw(pl.read_parquet(sys.argv[2]), "tiny"), sys.argv[3] + ".pdf", sys.argv[3] + ".png")
+drawing.save(draw(pl.read_parquet(sys.argv[2]), "tiny"), sys.argv[3] + ".pdf", sys.argv[3] + ".png")
 """
 
 
@@ -423,7 +352,7 @@ def test_equal_tables_give_equal_bytes(name, tmp_path):
     table = accuracy_table(STEPS[12]) if name == "accuracy" else experts_table()
     table.write_parquet(tmp_path / "table.parquet")
     with matplotlib.rc_context({"font.size": 20, "axes.grid": True, "pdf.compression": 0, "savefig.dpi": 30}):
-        plots.save(getattr(plots, name)(table, "tiny"), tmp_path / "here.pdf", tmp_path / "here.png")
+        drawing.save(getattr(plots, name)(table, "tiny"), tmp_path / "here.pdf", tmp_path / "here.png")
     environment = {**LIBRARY, "PYTHONHASHSEED": "7", "SOURCE_DATE_EPOCH": "1000000000"}
     command = [sys.executable, "-c", SAVE, name, str(tmp_path / "table.parquet"), str(tmp_path / "there")]
     subprocess.run(command, env=environment, check=True)
@@ -441,11 +370,11 @@ def test_equal_tables_give_equal_bytes(name, tmp_path):
 
 def test_a_figure_that_cannot_be_saved_leaves_the_old_one(tmp_path):
     good = tmp_path / "good.pdf", tmp_path / "good.png"
-    plots.save(plots.layer_importance(importance_table([1]), "x"), *good)
+    drawing.save(plots.layer_importance(importance_table([1]), "x"), *good)
     before = [path.read_bytes() for path in good]
     too_large = Figure(figsize=(50_000, 1))
     with pytest.raises(ValueError, match="too large"):
-        plots.save(too_large, tmp_path / "other.pdf", good[1])
+        drawing.save(too_large, tmp_path / "other.pdf", good[1])
     assert [path.read_bytes() for path in good] == before
 
 

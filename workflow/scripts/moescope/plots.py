@@ -1,42 +1,47 @@
-"""One function per figure: a result table in, a matplotlib Figure out.
+"""The figures of the attribution, one function per figure: a result table in, a matplotlib Figure out.
 
-Every figure is drawn by the object interface under one fixed style, so nothing depends on a user's matplotlibrc or on
-what was drawn before. Colours are those of Okabe and Ito (distinct to colour-blind readers); groups that have an order
-take cividis. Bands and bars are the 95% intervals of the table; where it has none (one subject) none is drawn.
 A series of one checkpoint has no course to show: its values are drawn as labelled points. A checkpoint without a step
 (``main``, which may be annealed) is not on the trajectory: it is drawn only where it stands alone.
 """
 
 from __future__ import annotations
 
-import functools
 import math
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import polars as pl
-from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, MaxNLocator, MultipleLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
+from matplotlib.ticker import MaxNLocator
 
-from moescope import files
-from moescope.errors import MoescopeError
+from moescope.drawing import (
+    BLACK,
+    BLUE,
+    COMPONENTS,
+    DASHES,
+    GREY,
+    MARKERS,
+    PALETTE,
+    VERMILLION,
+    WIDTH,
+    Curve,
+    PlotError,
+    band,
+    courses,
+    legend,
+    plain,
+    points,
+    styled,
+    suptitle,
+    trajectory,
+    wrapped,
+)
 
-BLUE, VERMILLION, GREEN, PURPLE = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
-ORANGE, SKY, YELLOW, BLACK, GREY = "#E69F00", "#56B4E9", "#F0E442", "#000000", "#8C8C8C"
-#: Groups without an order; yellow stands last because it is faint on white. Beyond eight, dashes tell them apart.
-PALETTE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, BLACK, YELLOW)
-MARKERS = "osD^vPX*"
-DASHES = ("-", "--", ":", "-.")
-COMPONENTS = {"attn": ("attention", BLUE, "o"), "ffn": ("FFN", VERMILLION, "s")}
 PARTS = {"seen": "template seen in training", "held_out": "template held out"}
 QUARTERS = {
     "exposure_1": "exposure quarter 1 (rarest)",
@@ -48,61 +53,10 @@ QUANTITIES = {"hit@10": "HIT@10 (share of prompts)", "mrr": "MRR (mean of 1/rank
 ELSEWHERE = {"color": VERMILLION, "marker": "D", "markerfacecolor": "white", "markersize": 3.5, "linestyle": ""}
 #: The early profile is that of one twelfth of the way: 50,000 of 600,000 steps in the published figures.
 EARLY = 1 / 12
-#: Curves of more points than this are drawn without markers.
-MARKED_POINTS = 40
-WIDTH = 7.2  # inches, the text width of a page
-DPI = 200
-
-STYLE = {
-    "font.family": "DejaVu Sans",
-    "font.size": 8,
-    "axes.titlesize": 8.5,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "axes.labelsize": 8,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.7,
-    "xtick.labelsize": 7.5,
-    "ytick.labelsize": 7.5,
-    "legend.fontsize": 7.5,
-    "legend.frameon": False,
-    "legend.handlelength": 2.4,
-    "legend.columnspacing": 1.2,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 3.6,
-    "figure.titlesize": 10,
-    "pdf.fonttype": 42,  # text stays text
-    "text.parse_math": False,  # a name may hold a dollar sign
-}
-
-
-class PlotError(MoescopeError):
-    """A table from which the figure cannot be drawn."""
-
-
-def _styled(function: Callable) -> Callable:
-    @functools.wraps(function)
-    def wrapped(*arguments, **options):
-        with style.context(["default", STYLE]):
-            return function(*arguments, **options)
-
-    return wrapped
-
-
-@_styled
-def save(figure: Figure, pdf_path: str | Path, png_path: str | Path) -> None:
-    """Write the figure as PDF and PNG, each whole or not at all; equal figures give equal bytes (no date inside)."""
-    with files.atomic(pdf_path) as temporary:
-        figure.savefig(temporary, format="pdf", metadata={"CreationDate": None})
-    with files.atomic(png_path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
-
-
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
-@_styled
+@styled
 def accuracy(table: pl.DataFrame, title: str) -> Figure:
     """HIT@10 and MRR over steps, HIT@10 by relation category and, where the exposure is known, by its quarters.
 
@@ -110,7 +64,7 @@ def accuracy(table: pl.DataFrame, title: str) -> Figure:
     panels show all prompts; with a single category the third shows the relations, with a single relation none.
     One checkpoint gives a list of all these groups, relations included, by both metrics.
     """
-    table = _trajectory(table, "accuracy").filter(pl.col("average") == "micro")
+    table = trajectory(table, "accuracy").filter(pl.col("average") == "micro")
     overall, whole = table.filter(pl.col("scope") == "all"), table.filter(pl.col("subset") == "all")
     parts = _groups(overall, "subset", PARTS) or _groups(overall, "subset", {"all": "all prompts"})
     categories, relations = (
@@ -131,43 +85,43 @@ def accuracy(table: pl.DataFrame, title: str) -> Figure:
     return _draw_panels(panels, title)
 
 
-@_styled
+@styled
 def layer_importance(table: pl.DataFrame, title: str) -> Figure:
     """Log-probability increase by attention and by FFN over steps, mean over layers.
 
     ``table`` is ``layer_importance``, ``title`` names the series.
     """
-    table = _trajectory(table, "layer_importance").filter(pl.col("aggregate") == "mean")
+    table = trajectory(table, "layer_importance").filter(pl.col("aggregate") == "mean")
     curves = [
-        _Curve(label, table.filter(pl.col("component") == component), colour, marker)
+        Curve(label, table.filter(pl.col("component") == component), colour, marker)
         for component, (label, colour, marker) in COMPONENTS.items()
     ]
     single = table["step"].n_unique() == 1
     figure = Figure(figsize=(WIDTH, 1.4 if single else 3.3), layout="constrained")
     axes = figure.subplots()
-    _suptitle(figure, f"Mean layer importance: {title}", table)
+    suptitle(figure, f"Mean layer importance: {title}", table)
     label = "log-probability increase of a layer (nats)"
     if single:
-        _points(axes, curves, label, places=range(len(curves)))
+        points(axes, curves, label, places=range(len(curves)))
         axes.axvline(0, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
     else:
-        _courses(axes, curves, label, wide=True)
+        courses(axes, curves, label, wide=True)
         axes.axhline(0, color=GREY, linewidth=0.7, linestyle=":", zorder=0)
     return figure
 
 
-@_styled
+@styled
 def layer_profiles(table: pl.DataFrame, title: str) -> Figure:
     """Log-probability increase by layer: of an early and of the last checkpoint, the others faint behind them.
 
     ``table`` is ``layer_importance``, ``title`` names the series. The early checkpoint is the one nearest to a twelfth
     of the last step.
     """
-    table = _trajectory(table, "layer_importance").filter(pl.col("aggregate") == "layer")
+    table = trajectory(table, "layer_importance").filter(pl.col("aggregate") == "layer")
     steps = table["step"].unique().sort().to_list()
     figure = Figure(figsize=(WIDTH, 3.3), layout="constrained")
     panels = figure.subplots(1, len(COMPONENTS), sharey=True)
-    _suptitle(figure, f"Layer profiles: {title}", table)
+    suptitle(figure, f"Layer profiles: {title}", table)
     for axes, (component, (name, colour, marker)) in zip(panels, COMPONENTS.items(), strict=True):
         _profiles(axes, table.filter(pl.col("component") == component), steps, colour, marker)
         axes.set_title(name if name.isupper() else name.capitalize())
@@ -177,7 +131,7 @@ def layer_profiles(table: pl.DataFrame, title: str) -> Figure:
     return figure
 
 
-@_styled
+@styled
 def top_experts(table: pl.DataFrame, title: str) -> Figure:
     """The five experts with the largest mean log-probability increase of every relation, one panel a relation.
 
@@ -191,12 +145,12 @@ def top_experts(table: pl.DataFrame, title: str) -> Figure:
     ]
     columns = min(3, len(groups))
     lines = math.ceil(len(groups) / columns)
-    names = [_wrapped(name, 22) for name, _ in groups]
+    names = [wrapped(name, 22) for name, _ in groups]
     extra = [max(name.count("\n") for name in names[i : i + columns]) for i in range(0, len(names), columns)]
     heights = [1.25 + 0.14 * n for n in extra]
     figure = Figure(figsize=(max(2, columns) / 3 * WIDTH, 1.1 + sum(heights)), layout="constrained")
     grid = figure.subplots(lines, columns, squeeze=False, height_ratios=heights)
-    _suptitle(figure, f"Top experts by relation: {title}", table, always=True)
+    suptitle(figure, f"Top experts by relation: {title}", table, always=True)
     for name, (_, rows), axes in zip(names, groups, grid.flat, strict=False):
         _experts(axes, rows, name)
     for axes in grid.flat[len(groups) :]:
@@ -217,17 +171,6 @@ def top_experts(table: pl.DataFrame, title: str) -> Figure:
 # --- curves over steps, or points where there is one step -------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Curve:
-    """One group: rows with step, value, low and high, and how it is drawn."""
-
-    label: str
-    rows: pl.DataFrame
-    colour: str
-    marker: str
-    dash: str = "-"
-
-
 Groups = Sequence[tuple[str, pl.DataFrame]]
 
 
@@ -240,14 +183,14 @@ class _Panel:
     groups: Groups
     ordered: bool = False
 
-    def curves(self) -> list[_Curve]:
+    def curves(self) -> list[Curve]:
         shades = matplotlib.colormaps["cividis"](np.linspace(0.0, 0.85, len(self.groups)))
         colours = [matplotlib.colors.to_hex(shade) for shade in shades] if self.ordered else PALETTE
         curves = []
         for i, (name, rows) in enumerate(self.groups):
             rows = rows.filter(pl.col("metric") == self.metric)
             dash = DASHES[i // len(colours) % len(DASHES)]
-            curves.append(_Curve(_sized(name, rows), rows, colours[i % len(colours)], MARKERS[i % len(MARKERS)], dash))
+            curves.append(Curve(_sized(name, rows), rows, colours[i % len(colours)], MARKERS[i % len(MARKERS)], dash))
         return curves
 
 
@@ -258,7 +201,7 @@ def _groups(table: pl.DataFrame, column: str, labels: Mapping[str, str]) -> list
 
 
 def _sized(name: str, rows: pl.DataFrame) -> str:
-    return f"{_wrapped(name, 40)} (n = {rows['prompts'].max():,})"
+    return f"{wrapped(name, 40)} (n = {rows['prompts'].max():,})"
 
 
 def _draw_panels(panels: Sequence[_Panel], title: str) -> Figure:
@@ -268,10 +211,10 @@ def _draw_panels(panels: Sequence[_Panel], title: str) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.35 + sum(heights)), layout="constrained")
     figure.get_layout_engine().set(h_pad=0.08)
     grid = figure.subplot_mosaic(mosaic, height_ratios=heights)
-    _suptitle(figure, title, panels[0].groups[0][1])
+    suptitle(figure, title, panels[0].groups[0][1])
     for i, panel in enumerate(panels):
         wide = mosaic[i // 2][0] == mosaic[i // 2][1]
-        _courses(grid[i], panel.curves(), QUANTITIES[panel.metric], limits=(-0.02, 1.02), wide=wide)
+        courses(grid[i], panel.curves(), QUANTITIES[panel.metric], limits=(-0.02, 1.02), wide=wide)
         grid[i].set_title(panel.title)
     return figure
 
@@ -285,116 +228,15 @@ def _draw_list(sections: Sequence[Groups], title: str) -> Figure:
     labels = [_sized(name, rows) for name, rows in groups]
     pitch = 0.05 + 0.13 * max(label.count("\n") + 1 for label in labels)
     figure = Figure(figsize=(WIDTH, 0.9 + pitch * (places[-1] + 1)), layout="constrained")
-    _suptitle(figure, title, groups[0][1])
+    suptitle(figure, title, groups[0][1])
     panels = figure.subplots(1, len(QUANTITIES), sharey=True)
     for axes, (metric, quantity) in zip(panels, QUANTITIES.items(), strict=True):
         chosen = [rows.filter(pl.col("metric") == metric) for _, rows in groups]
-        curves = [_Curve(label, rows, BLUE, "o") for label, rows in zip(labels, chosen, strict=True)]
-        _points(axes, curves, quantity, places, limits=(-0.02, 1.02))
+        curves = [Curve(label, rows, BLUE, "o") for label, rows in zip(labels, chosen, strict=True)]
+        points(axes, curves, quantity, places, limits=(-0.02, 1.02))
         axes.grid(axis="x", color="#DDDDDD", linewidth=0.5)
     panels[1].tick_params(axis="y", labelleft=False)
     return figure
-
-
-def _courses(
-    axes: Axes, curves: Sequence[_Curve], label: str, limits: tuple[float, float] | None = None, wide: bool = False
-) -> None:
-    """Value over steps with its band, and the legend below."""
-    for curve in curves:
-        rows = curve.rows.sort("step")
-        step, value = rows["step"].to_numpy(), rows["value"].to_numpy()
-        marker = curve.marker if len(step) <= MARKED_POINTS else ""
-        axes.plot(step, value, color=curve.colour, marker=marker, linestyle=curve.dash, label=curve.label, zorder=3)
-        _band(axes, step, rows, curve.colour)
-    _step_axis(axes, np.unique(np.concatenate([curve.rows["step"].to_numpy() for curve in curves])), wide)
-    axes.set_ylabel(label)
-    axes.yaxis.set_major_formatter(_plain)
-    if limits:
-        axes.set_ylim(limits)
-        axes.yaxis.set_major_locator(MultipleLocator(0.2))
-    _legend(axes, wide)
-
-
-def _points(
-    axes: Axes,
-    curves: Sequence[_Curve],
-    label: str,
-    places: Sequence[float],
-    limits: tuple[float, float] | None = None,
-) -> None:
-    """One value a group with its interval, at these heights counted from the top."""
-    for place, curve in zip(places, curves, strict=True):
-        axes.hlines(place, curve.rows["low"], curve.rows["high"], color=curve.colour, linewidth=1.4)
-        axes.plot(curve.rows["value"], [place], color=curve.colour, marker=curve.marker, markersize=4.5, linestyle="")
-    axes.set_yticks(places, [curve.label for curve in curves])
-    axes.set_ylim(places[-1] + 0.6, -0.6)
-    axes.tick_params(axis="y", length=0)
-    axes.set_xlabel(label)
-    axes.xaxis.set_major_formatter(_plain)
-    if limits:
-        axes.set_xlim(limits)
-        axes.xaxis.set_major_locator(MultipleLocator(0.2))
-
-
-def _band(axes: Axes, x: np.ndarray, rows: pl.DataFrame, colour: str) -> None:
-    low, high = rows["low"].to_numpy(), rows["high"].to_numpy()
-    if not np.isnan(low).all():
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=1)
-
-
-def _step_axis(axes: Axes, steps: np.ndarray, wide: bool = False) -> None:
-    """A logarithmic axis of steps; with a step 0 it is linear up to the first positive step, and says so."""
-    axes.set_xlabel("training step (log scale)")
-    if steps[0] > 0:
-        axes.set_xscale("log")
-    else:
-        axes.set_xscale("symlog", linthresh=steps[1], linscale=0.4)
-        axes.set_xlabel(f"training step (log scale, linear below {steps[1]:,})")
-    transform = axes.xaxis.get_transform()
-    first, last = transform.transform(steps[[0, -1]].astype(float))
-    margin = 0.03 * (last - first)
-    axes.set_xlim(*transform.inverted().transform(np.array([first - margin, last + margin])))
-    gap = 0.08 if wide else 0.15
-    ticks: dict[int, float] = {}
-    for candidates, enough in zip(_tick_candidates(steps), (math.inf, 4), strict=True):
-        for step in candidates:
-            place = (transform.transform(np.array([float(step)]))[0] - first) / (last - first)
-            if len(ticks) < enough and all(abs(place - other) >= gap for other in ticks.values()):
-                ticks[step] = place
-    axes.xaxis.set_major_locator(FixedLocator(sorted(ticks)))
-    axes.xaxis.set_major_formatter(_short)
-    axes.xaxis.set_minor_locator(NullLocator())
-
-
-def _tick_candidates(steps: np.ndarray) -> tuple[list[int], list[int]]:
-    """Where a tick may stand, the most wanted first: the ends and round numbers; then the checkpoints themselves."""
-    first, last = int(steps[0]), int(steps[-1])
-    powers = [10**k for k in range(len(str(last)))]
-    round_steps = [digit * power for digit in (1, 3, 5, 2) for power in powers]
-    return [last, first, *(step for step in round_steps if int(steps[1]) <= step <= last)], steps[::-1].tolist()
-
-
-def _short(step: float, _: int | None = None) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "K")):
-        if step >= size:
-            return f"{step / size:.4g}{unit}"
-    return f"{step:g}"
-
-
-def _plain(value: float, _: int | None = None) -> str:
-    return f"{round(value, 12):g}".replace("-", "\N{MINUS SIGN}")
-
-
-def _legend(axes: Axes, wide: bool) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = max(1, min(len(labels), (110 if wide else 54) // (longest + 8)))
-    # below the axis label, where nothing of the data is covered; constrained layout keeps the room
-    below = axes.transAxes + ScaledTranslation(0, -0.42, axes.get_figure().dpi_scale_trans)
-    place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0, "borderpad": 0}
-    legend = axes.legend(handles, labels, ncols=columns, **place)
-    for handle in legend.legend_handles:
-        handle.set_alpha(1)  # faint lines must be found in the legend
 
 
 # --- profiles and experts ---------------------------------------------------------------------------------------------
@@ -420,13 +262,13 @@ def _profiles(axes: Axes, table: pl.DataFrame, steps: Sequence[int | None], colo
         label = "one checkpoint" if len(steps) == 1 else f"step {step:,} ({word})"
         size = 3.6 if len(layer) <= 24 else 2.4
         axes.plot(layer, rows["value"].to_numpy(), label=label, markersize=size, zorder=3, **look)
-        _band(axes, layer, rows, look["color"])
+        band(axes, layer, rows, look["color"])
     margin = max(0.02 * layer[-1], 0.05)
     axes.set_xlim(-margin, layer[-1] + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=9, integer=True))
-    axes.yaxis.set_major_formatter(_plain)
+    axes.yaxis.set_major_formatter(plain)
     if len(steps) > 1:
-        _legend(axes, wide=False)
+        legend(axes, wide=False)
 
 
 def _early(steps: Sequence[int | None]) -> int | None:
@@ -454,27 +296,5 @@ def _experts(axes: Axes, rows: pl.DataFrame, title: str) -> None:
             color="#555555",
         )
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
-    axes.xaxis.set_major_formatter(_plain)
+    axes.xaxis.set_major_formatter(plain)
     axes.set_title(title)
-
-
-# --- shared -----------------------------------------------------------------------------------------------------------
-
-
-def _trajectory(table: pl.DataFrame, name: str) -> pl.DataFrame:
-    if table.is_empty():
-        raise PlotError(f"{name} is empty: there is no checkpoint to draw")
-    return table if table["step"].is_null().all() else table.filter(pl.col("step").is_not_null())
-
-
-def _suptitle(figure: Figure, title: str, table: pl.DataFrame, always: bool = False) -> None:
-    """The title, with the step where the figure shows a single one."""
-    steps = table["step"].unique()
-    if len(steps) == 1 or always:
-        title += ", main" if steps[0] is None else f", step {steps[0]:,}"
-    figure.suptitle(textwrap.fill(title, 88), x=0.01, ha="left")
-
-
-def _wrapped(name: str, width: int) -> str:
-    """A name in lines of at most ``width`` characters, its underscores read as spaces."""
-    return textwrap.fill(name.replace("_", " "), width, break_long_words=True)
