@@ -12,18 +12,16 @@ include: "workflow/rules/common.smk"
 include: "workflow/rules/prompts.smk"
 include: "workflow/rules/checkpoints.smk"
 include: "workflow/rules/attribution.smk"
+include: "workflow/rules/ablation.smk"
+include: "workflow/rules/dynamics.smk"
 include: "workflow/rules/report.smk"
-
-
-rule attribution:
-    input:
-        attribution_targets(),
 
 
 rule all:
     default_target: True
     input:
         rules.attribution.input,
+        rules.dynamics.input if PLAN.asks("dynamics") else [],
         "results/report.html",
 
 

@@ -30,12 +30,12 @@ def refused(raw: object) -> str:
     return message
 
 
-def keys(part: dict, path: str = "") -> list[tuple[str, dict]]:
-    """Every key that the schema declares, with its schema."""
+def keys(part: dict, path: str = "") -> list[tuple[str, dict, bool]]:
+    """Every key that the schema declares, with its schema, and whether it must stand there."""
     found = []
     for name, child in part.get("properties", {}).items():
-        if set(child) - {"const", "enum"} and "$ref" not in child:  # what `if` compares is no declaration
-            found.append((f"{path}.{name}", child))
+        if set(child) - {"const", "enum", "$ref"}:  # what `if` compares is no declaration
+            found.append((f"{path}.{name}", child, name in part.get("required", ())))
         found += keys(child, f"{path}.{name}")
     for branch in [*part.get("allOf", ()), *part.get("anyOf", ())]:
         found += keys(branch, path) + keys(branch.get("then", {}), path)
@@ -45,7 +45,8 @@ def keys(part: dict, path: str = "") -> list[tuple[str, dict]]:
 
 
 SCHEMA = config.schema()
-DECLARED = keys(SCHEMA) + [key for name, part in SCHEMA["$defs"].items() for key in keys(part, name)]
+FOUND = keys(SCHEMA) + [key for name, part in SCHEMA["$defs"].items() for key in keys(part, name)]
+DECLARED = [(path, part) for path, part, _ in FOUND]
 
 
 def test_the_schema_is_a_schema():
@@ -67,17 +68,9 @@ def test_a_default_is_allowed_by_its_own_key(path: str, part: dict):
         config._validator(part).validate(part["default"])
 
 
-def required(path: str) -> bool:
-    owner = path.split(".")[0]
-    part = SCHEMA["$defs"].get(owner, SCHEMA)
-    name = path.rsplit(".", 1)[1]
-    branches = [part, *part.get("properties", {}).get("steps", {}).get("anyOf", ())]
-    return any(name in branch.get("required", ()) for branch in branches)
-
-
-@pytest.mark.parametrize(("path", "part"), DECLARED, ids=[path for path, _ in DECLARED])
-def test_every_key_is_required_or_has_a_default(path: str, part: dict):
-    assert required(path) != ("default" in part)
+@pytest.mark.parametrize(("path", "part", "required"), FOUND, ids=[path for path, _, _ in FOUND])
+def test_every_key_is_required_or_has_a_default(path: str, part: dict, required: bool):
+    assert required != ("default" in part)
 
 
 def test_defaults_of_the_training_are_those_of_the_library():
@@ -101,10 +94,18 @@ def test_bring_your_own_is_its_own_keys_and_defaults():
     own = {"name": "mine", "source": "local", "path": "runs/step*"}
     assert raw == {"series": [own]}
     assert config.effective(raw) == {
-        "series": [{**own, "steps": "all", "dtype": "auto", "gguf_file": None}],
+        "series": [{**own, "steps": "all", "studies": None, "dtype": "auto", "repo": None, "gguf_file": None}],
         "relations": {"source": "embedded", "names": "all", "seed": 0},
         "attribution": {"target": "object", "uncertainty": "groups"},
-        "studies": [],
+        "studies": ["dynamics"],
+        "dynamics": {
+            "series": "all",
+            "steps": "all",
+            "pairs": "auto",
+            "windows": [[10000, 70000], [100000, 600000], [70000, 600000], [10000, 600000], [10000, 1200000]],
+            "axis": "log",
+        },
+        "ablation": {"series": "all", "steps": {"log": 4}, "rankings": ["signed"], "seeds": 5, "neurons": 400},
     }
 
 
@@ -160,9 +161,23 @@ def test_the_raw_configuration_stays_as_it_is():
         (one(TRAINED, shape={"num_experts_per_tok": 64}), ["series[0].shape.num_experts_per_tok", "32 experts"]),
         (one(TRAINED, training={"learning_rate": "2e-3"}), ["training.learning_rate", "write it as 0.002"]),
         (one(TRAINED, training={"steps": 0}), ["series[0].training.steps", "minimum of 1"]),
+        ({**one(LOCAL), "studies": ["dynamic"]}, ["studies[0]", "did you mean 'dynamics'?"]),
+        (one(LOCAL, studies={"dynamic": "all"}), ["series[0].studies", "did you mean 'dynamics'?"]),
+        (one(LOCAL, studies={"dynamics": "al"}), ["series[0].studies.dynamics", "{every: n}"]),
+        ({**one(LOCAL), "dynamics": {"series": ["mein"]}}, ["dynamics.series[0]", "'mein'", "did you mean 'mine'?"]),
+        ({**one(LOCAL), "ablation": {"series": ["mein"]}}, ["ablation.series[0]", "'mein'", "did you mean 'mine'?"]),
+        ({**one(LOCAL), "ablation": {"rankings": ["sign"]}}, ["ablation.rankings[0]", "did you mean 'signed'?"]),
+        ({**one(LOCAL), "ablation": {"seeds": 0}}, ["ablation.seeds", "minimum of 1"]),
+        ({**one(LOCAL), "dynamics": {"axis": "time"}}, ["dynamics.axis", "log, step, tokens"]),
+        ({**one(LOCAL), "dynamics": {"windows": [[5, 5]]}}, ["dynamics.windows[0]", "earlier step first"]),
+        ({**one(LOCAL), "dynamics": {"pairs": [{"moe": "mine"}]}}, ["dynamics.pairs", "{moe: name, dense: name}"]),
         (
-            {**one(LOCAL), "studies": ["dynamics"]},
-            ["studies", "no study is part of this version yet; leave the list empty"],
+            {**one(LOCAL), "dynamics": {"pairs": [{"moe": "mine", "dense": "olmo"}]}},
+            ["dynamics.pairs[0].dense", "there is no series 'olmo'", "known are mine"],
+        ),
+        (
+            {"series": [LOCAL, {**LOCAL, "name": "x"}], "dynamics": {"pairs": [{"moe": "mine", "dense": "x"}] * 2}},
+            ["dynamics.pairs[1].dense", "'x' stands in an earlier pair"],
         ),
         ({**one(LOCAL), "relations": "lre"}, ["relations", "object expected"]),
         ({**one(LOCAL), "relations": {"names": "colour"}}, ["relations.names", "a list of relation names"]),

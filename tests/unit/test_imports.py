@@ -10,7 +10,10 @@ from tests.examples import ROOT
 
 LIBRARY = ROOT / "workflow" / "scripts" / "moescope"
 HEAVY = ("torch", "transformers", "polars", "numpy", "matplotlib")
-WITH_TORCH = {"attribution", "decomposition", "lpi", "precision", "readout", "scores"}
+WITH_TORCH = {
+    *("attribution", "decomposition", "lpi", "precision", "readout", "scores", "clean"),
+    *("interventions", "replay", "ablation", "faithfulness", "masking"),
+}
 MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
 
 
@@ -44,8 +47,11 @@ def test_names_come_through_the_package():
 
 #: Modules from the ground up; each may import those above it in this list, never one below.
 ORDER = """
-    errors files tables relations targets statistics digest job provenance resume config facts
-    checkpoints decomposition precision lpi readout scores attribution pretraining overview plots report plan
+    errors files tables relations targets statistics digest job provenance resume config facts checkpoints
+    decomposition precision lpi readout clean scores attribution masking pretraining
+    neuron_sets selection interventions replay ablation faithfulness
+    overview dynamics prompt_dynamics layer_dynamics robustness sparsity published
+    drawing plots dynamics_plots report dynamics_report plan
 """.split()  # noqa: SIM905 (one line a layer is easier to read)
 
 
@@ -77,8 +83,13 @@ def test_imports_point_downwards(module: str):
         ("decomposition", {"lpi", "overview"}),
         ("lpi", {"files", "tables", "checkpoints", "decomposition"}),
         ("attribution", {"overview", "plots", "report", "checkpoints", "files"}),
+        ("interventions", {"attribution", "selection", "ablation", "files", "checkpoints"}),
+        ("ablation", {"overview", "dynamics", "robustness", "checkpoints", "files", "drawing"}),
+        ("dynamics", {"files", "plots", "drawing", "checkpoints"}),
+        ("robustness", {"files", "drawing", "checkpoints", "ablation"}),
         ("statistics", {"tables", "files", "relations"}),
         ("plots", {"statistics", "overview"}),
+        ("dynamics_plots", {"statistics", "overview", "dynamics", "robustness", "sparsity"}),
     ],
 )
 def test_what_a_module_must_not_know(module: str, unknown: set[str]):

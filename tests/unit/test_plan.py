@@ -133,3 +133,64 @@ def test_leaves_no_trace(tmp_path: Path):
     before = sorted(tmp_path.rglob("*"))
     of(TRAINED)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+DENSE = {"name": "dense", "source": "pretrain", "architecture": "olmo", "training": TRAINED["training"]}
+OTHER = {**TRAINED, "name": "other"}
+
+
+def test_studies_choose_their_series_and_steps():
+    whole = of(TRAINED, DENSE)
+    assert whole.asks("dynamics")
+    assert whole.dynamics == {"tiny": (0, 10, 100), "dense": (0, 10, 100)}
+    assert whole.ablation == {"tiny": (10, 100), "dense": (10, 100)}  # log-spaced: step 0 stands on no log axis
+    chosen = of(
+        {**TRAINED, "steps": [10, 100]},
+        {**DENSE, "studies": {"dynamics": "last"}},
+        {**OTHER, "studies": {}},
+        dynamics={"steps": {"every": 2}},
+        ablation={"series": ["tiny"], "steps": "all"},
+    )
+    assert chosen.dynamics == {"tiny": (10,), "dense": (100,)}
+    assert chosen.ablation == {"tiny": (10,)}
+    assert not of(TRAINED, studies=[]).asks("dynamics")
+
+
+def test_pairs_are_the_first_of_each_kind_or_as_told():
+    assert of(TRAINED, OTHER, DENSE).routed_by == {"dense": "tiny"}
+    assert of(TRAINED).routed_by == {}
+    assert of(TRAINED, DENSE, dynamics={"pairs": []}).routed_by == {}
+    assert of(TRAINED, DENSE, attribution={"uncertainty": "none"}).routed_by == {}
+    told = of(TRAINED, OTHER, DENSE, dynamics={"pairs": [{"moe": "other", "dense": "dense"}]})
+    assert told.routed_by == {"dense": "other"}
+
+
+def test_a_dense_step_is_matched_to_the_nearest_of_its_pair():
+    whole = of({**TRAINED, "steps": [0, 10]}, {**DENSE, "training": {"steps": 100, "save_at": [5, 6, 100]}})
+    assert [whole.matched_step("dense", step) for step in (5, 6, 100)] == [0, 10, 10]
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        ({"dynamics": {"steps": [7]}}, ["dynamics.steps (tiny)", "step 7", "neighbours are 0, 10, 100"]),
+        (
+            {"dynamics": {"series": ["dense"]}, "ablation": {"series": ["tiny"]}},
+            ["ablation.series", "tiny takes no part"],
+        ),
+        ({"dynamics": {"pairs": [{"moe": "dense", "dense": "dense"}]}}, ["dynamics.pairs[0].moe", "has no experts"]),
+        ({"dynamics": {"pairs": [{"moe": "tiny", "dense": "tiny"}]}}, ["dynamics.pairs[0].dense", "has experts"]),
+        (
+            {"dynamics": {"series": ["tiny"], "pairs": [{"moe": "tiny", "dense": "dense"}]}},
+            ["dynamics.pairs[0].dense", "dense takes no part"],
+        ),
+        (
+            {"dynamics": {"pairs": [{"moe": "tiny", "dense": "dense"}]}, "attribution": {"uncertainty": "none"}},
+            ["dynamics.pairs", "uncertainty to groups"],
+        ),
+    ],
+)
+def test_a_study_that_cannot_be_is_refused(keys: dict, parts: list[str]):
+    with pytest.raises(MoescopeError) as error:
+        of(TRAINED, DENSE, **keys)
+    assert all(part in str(error.value) for part in parts), str(error.value)

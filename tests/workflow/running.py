@@ -17,7 +17,9 @@ from tests.examples import ROOT
 
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TRAINING = {"steps": 12, "batch": 4, "length": 32, "vocabulary": 300}
-#: A mixture of experts, scored at three of its four checkpoints, and a dense model, scored at its last.
+#: Targets that only collect.
+COLLECTING = ("all", "default", "attribution", "ablation", "dynamics")
+#: A mixture of experts, scored at three of its four checkpoints, and a dense model, scored at both of its two.
 CONFIG = {
     "series": [
         {
@@ -34,10 +36,10 @@ CONFIG = {
             "architecture": "olmo",
             "shape": {**SHAPE, "intermediate_size": 32},
             "training": {**TRAINING, "save_at": [0, 12]},
-            "steps": "last",
         },
     ],
     "relations": {"source": "facts.csv"},
+    "ablation": {"steps": {"log": 2}, "seeds": 2, "neurons": 20},
 }
 
 
@@ -95,7 +97,7 @@ def planned(folder: Path, *arguments: str, root: Path | None = None, config: dic
     table = re.search(r"^Job stats:\njob +count\n[- ]+\n(.*?)^total", text, re.MULTILINE | re.DOTALL)
     assert table, text
     jobs = {name: int(count) for name, count in (line.split() for line in table[1].splitlines())}
-    return {name: count for name, count in jobs.items() if name not in ("all", "default", "attribution")}
+    return {name: count for name, count in jobs.items() if name not in COLLECTING}
 
 
 def succeeds(folder: Path, *arguments: str, **options) -> subprocess.CompletedProcess:

@@ -63,7 +63,12 @@ MISTAKES = {
         ["facts: no such file", "embedded, lre"],
     ),
     "malformed fact": (top(relations={"source": "blank.csv"}), ["blank.csv: row 2", "object", "fill it in"]),
-    "study": (top(studies=["dynamics"]), ["studies", "no study is part of this version yet; leave the list empty"]),
+    "study": (top(studies=["dynamic"]), ["studies[0]", "'dynamic' is not known", "did you mean 'dynamics'?"]),
+    "step of a study": (top(dynamics={"steps": [8]}), ["dynamics.steps (moe)", "step 8", "neighbours are 0, 4, 12"]),
+    "pair of one kind": (
+        top(dynamics={"pairs": [{"moe": "dense", "dense": "dense"}]}),
+        ["dynamics.pairs[0].moe", "dense has no experts", "name another"],
+    ),
     "checkpoint after the end": (
         series(training={**CONFIG["series"][0]["training"], "save_at": [0, 99]}),
         ["series[0] (moe): training.save_at", "99", "0..12"],
@@ -126,6 +131,26 @@ def with_few_words(checkpoint: Path) -> None:
     tokenizer.save(str(checkpoint / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_a_series_of_two_models_is_told_by_the_study(copied: Path):
+    """Two checkpoints of one name but of different width: each can be scored, together they are no series."""
+    trained = copied / "results/dense/checkpoints"
+    shutil.copytree(trained / "0", copied / "runs/step1")
+    narrow = Path(shutil.copytree(trained / "12", copied / "runs/step2"))
+    weights = load_file(narrow / "model.safetensors")
+    for name, weight in weights.items():
+        if ".mlp." in name:
+            weights[name] = np.ascontiguousarray(weight[:, :16] if "down_proj" in name else weight[:16])
+    save_file(weights, narrow / "model.safetensors", metadata={"format": "pt"})
+    settings = json.loads((narrow / "config.json").read_text())
+    (narrow / "config.json").write_text(json.dumps({**settings, "intermediate_size": 16}))
+    config = {**CONFIG, "series": [*CONFIG["series"], {"name": "mine", "source": "local", "path": "runs/step*"}]}
+    result = snakemake(copied, "--cores", "2", "results/dynamics/mine/neuron_dynamics.parquet", config=config)
+    assert result.returncode != 0
+    line = next(line for line in result.stderr.splitlines() if line.startswith("error: "))
+    assert all(part in line for part in ("steps 1 and 2", "not the same ffn neurons", "take the others out")), line
+    assert not (copied / "results/dynamics/mine/neuron_dynamics.parquet").exists()
 
 
 def test_told_by_the_job_that_finds_it(copied: Path):

@@ -17,10 +17,20 @@ from moescope import tables
 from tests.examples import ROOT
 from tests.workflow.running import CONFIG, Finished, environment, files_below, planned, snakemake, succeeds, workflow
 
-SCORED = {"moe": [0, 4, 12], "dense": [12]}
+SCORED = {"moe": [0, 4, 12], "dense": [0, 12]}
+ABLATED = {"moe": [4, 12], "dense": [12]}
 OF_CHECKPOINT = {
     *("predictions", "layers", "heads", "ffn_neurons", "attn_neurons", "active_sums"),
     *("ffn_groups", "attn_groups", "top_active"),
+}
+OF_STUDY = {
+    *("neuron_dynamics", "overlap", "prompt_dynamics", "layer_dynamics", "profile_similarity"),
+    *("robustness", "robustness_summary", "score_faithfulness"),
+}
+OVER_ALL = {"table_2", "table_3", "table_4", "sparsity", "verdict"}
+STUDY_FIGURES = {
+    *("stability", "concentration", "survival", "consolidation"),
+    *("robustness", "dose_response", "faithfulness"),
 }
 
 
@@ -42,6 +52,17 @@ def test_every_promised_file_is_there(finished: Finished):
             expected |= {f"attribution/{series}/{name}.parquet", f"tables/attribution/{series}/{name}.csv"}
         for name in {*summaries, "layer_profiles"}:
             expected |= {f"figures/attribution/{series}/{name}.{end}" for end in ("pdf", "png")}
+        for step in ABLATED[series]:
+            ablated = {"ablations", "faithfulness", "faithfulness_prompts"}
+            expected |= {f"{series}/{step}/{name}.parquet" for name in ablated}
+            expected.add(f"{series}/{step}/provenance/ablate.json")
+    for step in SCORED["dense"]:
+        expected |= {f"dense/{step}/masked_groups.parquet", f"dense/{step}/provenance/mask_dense.json"}
+    for series, names in {"moe": OF_STUDY, "dense": OF_STUDY, "all": OVER_ALL}.items():
+        expected |= {f"dynamics/{series}/{name}.parquet" for name in names}
+        expected |= {f"tables/dynamics/{series}/{name}.csv" for name in names}
+        figures = {"comparison", "sparsity"} if series == "all" else STUDY_FIGURES
+        expected |= {f"figures/dynamics/{series}/{name}.{end}" for name in figures for end in ("pdf", "png")}
     assert {name.removeprefix("results/") for name in files_below(finished.folder)} == expected
 
 
@@ -79,6 +100,10 @@ def test_provenance_says_what_it_took(finished: Finished):
     assert record["decomposition_error"] < 1e-4
     trained = json.loads((finished.folder / "results/moe/provenance/pretrain.json").read_text())
     assert (trained["threads"], trained["cfg"]["training"]["save_at"]) == (1, [0, 4, 8, 12])
+    ablated = json.loads((finished.folder / "results/moe/12/provenance/ablate.json").read_text())
+    assert ablated["cfg"]["seeds"] == 2
+    assert 0 < ablated["sets"] <= ablated["interventions"]
+    assert ablated["replay_error"] < 1e-4
     assert record["seconds"] > 0
     assert record["peak_memory_bytes"] > 50e6
 
@@ -117,6 +142,7 @@ def test_the_embedded_default_is_planned_in_an_empty_folder(tmp_path: Path):
         "pretrain_tiny-qwen2-moe",
     }
     assert jobs["attribute_moe"] == 2 * jobs["attribute_dense"] >= 20
+    assert (jobs["ablate"], jobs["mask_dense"], jobs["dynamics_neurons"]) == (12, jobs["attribute_dense"], 3)
     assert not (tmp_path / "results").exists()
 
 
@@ -166,7 +192,7 @@ def test_the_report_holds_every_figure(finished: Finished):
     parser.feed((finished.folder / "results/report.html").read_text())
     shown = sorted(base64.b64decode(source.removeprefix("data:image/png;base64,")) for source in parser.sources)
     drawn = sorted(path.read_bytes() for path in (finished.folder / "results/figures").rglob("*.png"))
-    assert len(drawn) == 7
+    assert len(drawn) == 7 + 2 * len(STUDY_FIGURES) + 2
     assert shown == drawn
 
 
@@ -188,7 +214,7 @@ def test_the_report_opens_in_a_browser(finished: Finished, tmp_path: Path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     widths = re.search(r'data-widths="([\d ]*)"', result.stdout)
     assert widths, result.stderr
-    assert len(widths[1].split()) == 7
+    assert len(widths[1].split()) == 7 + 2 * len(STUDY_FIGURES) + 2
     assert all(int(width) > 300 for width in widths[1].split())
 
 

@@ -1,5 +1,11 @@
 """Attribution: one job a checkpoint gives all its tables; summaries of a series, their CSV and figures, without torch."""
 
+
+rule attribution:
+    input:
+        attribution_targets(),
+
+
 for kind, names in KINDS.items():
 
     rule:
@@ -30,9 +36,9 @@ for kind, names in KINDS.items():
         name:
             f"overview_{kind}"
         input:
-            manifest=each_step("results/{series}/{step}/manifest.json"),
-            predictions=each_step("results/{series}/{step}/predictions.parquet"),
-            layers=each_step("results/{series}/{step}/layers.parquet"),
+            manifest=each_step("manifest.json"),
+            predictions=each_step("predictions.parquet"),
+            layers=each_step("layers.parquet"),
             routing=last_routing,
             exposure=exposure,
             prompts="results/prompts.parquet",
@@ -51,23 +57,6 @@ for kind, names in KINDS.items():
             "Summarising {wildcards.series}"
         script:
             "../scripts/overview.py"
-
-
-rule table:
-    input:
-        "results/attribution/{series}/{table}.parquet",
-    output:
-        "results/tables/attribution/{series}/{table}.csv",
-    log:
-        "results/logs/table/{series}/{table}.log",
-    conda:
-        "../../envs/analysis.yaml"
-    params:
-        code=code("table.py"),
-    message:
-        "Writing table {wildcards.table} of {wildcards.series}"
-    script:
-        "../scripts/table.py"
 
 
 rule figure:

@@ -23,24 +23,37 @@ except MoescopeError as error:
 
 KINDS = {kind: names for kind in ("dense", "moe") if (names := PLAN.of_kind(kind))}
 PRETRAINED = [series for series in PLAN.series.values() if series.pretrained]
+#: Attribution: figures of a series, each with the table it draws.
 FIGURES = {
     "accuracy": "accuracy",
     "layer_importance": "layer_importance",
     "layer_profiles": "layer_importance",
     "top_experts": "top_experts",
 }
+#: Study dynamics: figures of a series, each with the tables it draws (of the study, or of the last ablated checkpoint).
+DYNAMICS_FIGURES = {
+    "stability": ["neuron_dynamics"],
+    "concentration": ["neuron_dynamics"],
+    "survival": ["overlap"],
+    "consolidation": ["profile_similarity", "layer_dynamics"],
+    "robustness": ["robustness"],
+    "dose_response": ["robustness"],
+    "faithfulness": ["faithfulness", "score_faithfulness"],
+}
+GROUPS = PLAN.config["attribution"]["uncertainty"] == "groups"
+SAMPLED = PLAN.config["ablation"]["neurons"] > 0
 
 
 def one_of(names):
-    """A wildcard constraint: exactly these names."""
-    return "|".join(name.replace(".", r"\.") for name in names)
+    """A wildcard constraint: exactly these names, or nothing at all."""
+    return "|".join(name.replace(".", r"\.") for name in names) or "(?!)"
 
 
 wildcard_constraints:
     series=one_of(PLAN.series),
     step=r"\d+",
     table=r"\w+",
-    figure=one_of(FIGURES),
+    figure=r"\w+",
 
 
 def code(adapter, *data):
@@ -53,7 +66,7 @@ def checkpoint_tables(kind):
     names = ["predictions", "layers", "heads", "ffn_neurons", "attn_neurons", "active_sums"]
     if kind == "moe":
         names.append("routing")
-    if PLAN.config["attribution"]["uncertainty"] == "groups":
+    if GROUPS:
         names += ["ffn_groups", "attn_groups", "top_active"]
     return {name: f"results/{{series}}/{{step}}/{name}.parquet" for name in names}
 
@@ -70,7 +83,7 @@ def figures_of(kind):
 
 
 def figure_table(wildcards):
-    """The table that a figure draws."""
+    """The table that a figure of attribution draws."""
     return f"results/attribution/{wildcards.series}/{FIGURES[wildcards.figure]}.parquet"
 
 
@@ -79,11 +92,12 @@ def checkpoint_files(wildcards):
     return PLAN.series[wildcards.series].files[int(wildcards.step)]
 
 
-def each_step(pattern):
-    """An input function: the file of every selected step of a series."""
+def each_step(name, steps=None):
+    """An input function: a file of every scored step of a series, or of those that a study uses."""
 
     def paths(wildcards):
-        return expand(pattern, series=wildcards.series, step=PLAN.series[wildcards.series].steps)
+        chosen = PLAN.series[wildcards.series].steps if steps is None else steps[wildcards.series]
+        return expand("results/{series}/{step}/{name}", series=wildcards.series, step=chosen, name=name)
 
     return paths
 
@@ -145,9 +159,177 @@ def scoring_threads(wildcards):
     return workflow.cores if size > 50e6 else 1
 
 
+# --- ablation and study dynamics
+
+
+def ablate_cfg(wildcards):
+    """What the ablation of a checkpoint is told."""
+    told = {key: PLAN.config["ablation"][key] for key in ("rankings", "seeds", "neurons")}
+    entry = PLAN.series[wildcards.series].entry
+    return {**told, "dtype": entry["dtype"], "target": PLAN.config["attribution"]["target"], "seed": PLAN.facts.seed}
+
+
+def mask_cfg(wildcards):
+    """What the masking of a dense checkpoint is told."""
+    cfg = ablate_cfg(wildcards)
+    return {key: cfg[key] for key in ("dtype", "target", "seed")}
+
+
+def ablation_tables():
+    """The tables that the ablation of a checkpoint gives, by name."""
+    names = ["ablations", *(["faithfulness", "faithfulness_prompts"] if SAMPLED else [])]
+    return {name: f"results/{{series}}/{{step}}/{name}.parquet" for name in names}
+
+
+def with_groups(files):
+    """Files (or an input function) that are only there where groups of subjects are told apart."""
+    return files if GROUPS else []
+
+
+def matched_routing(wildcards):
+    """The routing of the paired mixture of experts at the step nearest to that of a dense checkpoint."""
+    step = PLAN.matched_step(wildcards.series, int(wildcards.step))
+    return f"results/{PLAN.routed_by[wildcards.series]}/{step}/routing.parquet"
+
+
+def dynamics_files(name):
+    """An input function: a file of every checkpoint of a series in study dynamics."""
+    return each_step(name, PLAN.dynamics)
+
+
+def ablated_files(name):
+    """An input function: a file of every ablated checkpoint of a series."""
+    return each_step(name, PLAN.ablation)
+
+
+def last_ablated(name):
+    """An input function: a file of the last ablated checkpoint of a series."""
+    return lambda wildcards: ablated_files(name)(wildcards)[-1]
+
+
+def dynamics_routing(wildcards):
+    """The routing of every checkpoint of a series in study dynamics, where the series routes."""
+    routes = GROUPS and PLAN.series[wildcards.series].has_experts
+    return dynamics_files("routing.parquet")(wildcards) if routes else []
+
+
+def masked_files(wildcards):
+    """The masked groups of every checkpoint of a dense series that is held against a mixture of experts."""
+    return dynamics_files("masked_groups.parquet")(wildcards) if wildcards.series in PLAN.routed_by else []
+
+
+def of_series(template, names):
+    """A file of the study for each of these series, in their order."""
+    return [template.format(series=name) for name in names]
+
+
+def dynamics_tables(name):
+    """The tables of study dynamics of one series."""
+    tables = ["neuron_dynamics", "overlap", "layer_dynamics", "profile_similarity"]
+    tables += ["prompt_dynamics"] if GROUPS else []
+    if name in PLAN.ablation:
+        tables += ["robustness", "robustness_summary", *(["score_faithfulness"] if SAMPLED else [])]
+    return tables
+
+
+def comparison_tables():
+    """The tables of study dynamics over all series, by name."""
+    names = ["table_2", "table_3", "table_4", *(["sparsity", "verdict"] if PLAN.routed_by else [])]
+    return {name: f"results/dynamics/all/{name}.parquet" for name in names}
+
+
+def dynamics_figures(name):
+    """The figures of study dynamics of one series: those that its checkpoints allow."""
+    figures = ["stability", "concentration", "survival", "consolidation"] if len(PLAN.dynamics[name]) > 1 else []
+    if name in PLAN.ablation:
+        figures += ["robustness", "dose_response", *(["faithfulness"] if SAMPLED else [])]
+    return figures
+
+
+def comparison_figures():
+    """The figures of study dynamics over all series."""
+    courses = {name for name, steps in PLAN.dynamics.items() if len(steps) > 1}
+    paired = any({moe, dense} <= courses for dense, moe in PLAN.routed_by.items())
+    return [*(["comparison"] if len(courses) > 1 else []), *(["sparsity"] if paired else [])]
+
+
+def dynamics_figure_tables(wildcards):
+    """The tables that a figure of a series draws."""
+    name = wildcards.series
+
+    def path(table):
+        folder = f"{name}/{PLAN.ablation[name][-1]}" if table in ablation_tables() else f"dynamics/{name}"
+        return f"results/{folder}/{table}.parquet"
+
+    return [path(table) for table in DYNAMICS_FIGURES[wildcards.figure]]
+
+
+def axis_of(figure):
+    """What the courses of a figure are drawn over, where it has any."""
+    return {} if figure in ("survival", "dose_response") else {"axis": PLAN.config["dynamics"]["axis"]}
+
+
+def figure_cfg(wildcards):
+    """What the drawing of a figure is told."""
+    return axis_of(wildcards.figure)
+
+
+def pairs():
+    """The mixtures of experts and the dense series they are held against, as plain values."""
+    return [{"moe": moe, "dense": dense} for dense, moe in PLAN.routed_by.items()]
+
+
+def comparison_cfg():
+    """What the comparison of series is told."""
+    repos = {name: PLAN.series[name].entry.get("repo") for name in PLAN.dynamics}
+    return {
+        "series": list(PLAN.dynamics),
+        "ablated": list(PLAN.ablation),
+        "repos": repos,
+        "pairs": pairs(),
+        "windows": PLAN.config["dynamics"]["windows"],
+        "seed": PLAN.facts.seed,
+    }
+
+
+def ablation_targets():
+    """The ablation of every checkpoint that is to be ablated."""
+    paths = [*ablation_tables().values(), "results/{series}/{step}/provenance/ablate.json"]
+    return [path for name, steps in PLAN.ablation.items() for path in expand(paths, series=name, step=steps)]
+
+
+def masked_targets():
+    """The dense checkpoints seen through the routing of a mixture of experts."""
+    paths = ["results/{series}/{step}/masked_groups.parquet", "results/{series}/{step}/provenance/mask_dense.json"]
+    return [path for name in PLAN.routed_by for path in expand(paths, series=name, step=PLAN.dynamics[name])]
+
+
+def dynamics_table_files(template):
+    """A file for every table of study dynamics, of each series and of all."""
+    paths = [template.format(series=name, table=table) for name in PLAN.dynamics for table in dynamics_tables(name)]
+    return paths + [template.format(series="all", table=table) for table in comparison_tables()]
+
+
+def dynamics_figure_files(*ends):
+    """The figures of study dynamics, in these formats."""
+    pattern = "results/figures/dynamics/{series}/{figure}.{end}"
+    drawn = {**{name: dynamics_figures(name) for name in PLAN.dynamics}, "all": comparison_figures()}
+    return [path for name, figs in drawn.items() for path in expand(pattern, series=name, figure=figs, end=ends)]
+
+
+def dynamics_targets():
+    """Everything of study dynamics but the report."""
+    tables = dynamics_table_files("results/dynamics/{series}/{table}.parquet")
+    csv = dynamics_table_files("results/tables/dynamics/{series}/{table}.csv")
+    return ablation_targets() + masked_targets() + tables + csv + dynamics_figure_files("pdf", "png")
+
+
+# --- the report and what is asked for
+
+
 def report_cfg():
-    """What the report says of each series beside its tables."""
-    return [
+    """What the report says of each series, and of the studies, beside their tables."""
+    series = [
         {
             "name": series.name,
             "source": series.entry["source"],
@@ -157,6 +339,28 @@ def report_cfg():
         }
         for series in PLAN.series.values()
     ]
+    return {"series": series, "dynamics": dynamics_report_cfg() if PLAN.asks("dynamics") else None}
+
+
+def dynamics_report_cfg():
+    """What the report says of study dynamics beside its tables."""
+    series = [
+        {
+            "name": name,
+            "steps": list(steps),
+            "ablated": list(PLAN.ablation.get(name, [])),
+            "tables": dynamics_tables(name),
+            "figures": dynamics_figures(name),
+        }
+        for name, steps in PLAN.dynamics.items()
+    ]
+    return {"series": series, "tables": list(comparison_tables()), "figures": comparison_figures()}
+
+
+def dynamics_report_files():
+    """What the report shows of study dynamics."""
+    tables = dynamics_table_files("results/dynamics/{series}/{table}.parquet")
+    return tables + dynamics_figure_files("png") if PLAN.asks("dynamics") else []
 
 
 def report_sources():

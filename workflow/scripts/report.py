@@ -1,33 +1,43 @@
-"""Figures, summaries and provenance of all series -> one HTML page."""
+"""Figures, summaries and provenance of all series, and the studies -> one HTML page."""
 
 import json
 from pathlib import Path
 
-from moescope import report, tables
+from moescope import dynamics_report, report, tables
 from moescope.job import job
 
+RESULTS = Path("results")
 
-def section(name, source, architecture, steps, figures):
+
+def found(study, series, names, figures):
+    """Tables and figures (PNG bytes) of a series in a study, or of all series together."""
+    drawn = RESULTS / "figures" / study / series
+    return {
+        "tables": {name: tables.read(RESULTS / study / series / f"{name}.parquet") for name in names},
+        "figures": {name: (drawn / f"{name}.png").read_bytes() for name in figures},
+    }
+
+
+def section(name, steps, figures, **known):
     """What the page says of one series."""
-    results, summary = Path("results", name), Path("results", "attribution", name)
-    manifest = json.loads((results / f"{steps[-1]}" / "manifest.json").read_text())
-    scored = [results / f"{step}" / "provenance" / "attribute.json" for step in steps]
-    drawn = {figure: Path("results", "figures", "attribution", name, f"{figure}.png") for figure in figures}
-    return report.Series(
-        name=name,
-        source=source,
-        architecture=architecture,
-        steps=steps,
-        manifest=manifest,
-        provenance=[json.loads(path.read_text()) for path in scored],
-        predictions=tables.read(results / f"{steps[-1]}" / "predictions.parquet"),
-        accuracy=tables.read(summary / "accuracy.parquet"),
-        layer_importance=tables.read(summary / "layer_importance.parquet"),
-        figures={figure: path.read_bytes() for figure, path in drawn.items()},
-    )
+    shown, last = found("attribution", name, ["accuracy", "layer_importance"], figures), RESULTS / name / f"{steps[-1]}"
+    scored = [RESULTS / name / f"{step}" / "provenance" / "attribute.json" for step in steps]
+    manifest = json.loads((last / "manifest.json").read_text())
+    provenance = [json.loads(path.read_text()) for path in scored]
+    predictions = tables.read(last / "predictions.parquet")
+    summaries = {**shown["tables"], "figures": shown["figures"], "predictions": predictions}
+    return report.Series(name, steps=steps, manifest=manifest, provenance=provenance, **summaries, **known)
+
+
+def dynamics(series, **names):
+    """What the page says of study dynamics."""
+    of_series = [one | found("dynamics", one["name"], one["tables"], one["figures"]) for one in series]
+    over_all = found("dynamics", "all", names["tables"], names["figures"])
+    return dynamics_report.study([dynamics_report.Series(**one) for one in of_series], **over_all)
 
 
 with job(snakemake):
-    sections = [section(**series) for series in snakemake.params.cfg]
-    template = Path(__file__).parents[1] / "report"
-    report.write(report.build(sections, template), snakemake.output[0])
+    cfg = snakemake.params.cfg
+    studies = [dynamics(**cfg["dynamics"])] if cfg["dynamics"] else []
+    page = report.build([section(**one) for one in cfg["series"]], Path(__file__).parents[1] / "report", studies)
+    report.write(page, snakemake.output[0])

@@ -42,7 +42,7 @@ def effective(raw: dict) -> dict:
     """The configuration with every default filled in; ``raw`` stays as it is.
 
     Raises ConfigError, one line with the key and the cure, on an unknown key, a value that the schema does not allow,
-    two series of one name, a reserved name, and a model that contradicts itself.
+    two series of one name, a reserved name, a model that contradicts itself, and a study of series that are not there.
     """
     _validate(raw)
     config = _fill(copy.deepcopy(raw), schema())
@@ -50,6 +50,7 @@ def effective(raw: dict) -> dict:
         _check_name(config["series"], i)
         if entry["source"] == "pretrain":
             _complete_shape(entry["shape"], f"series[{i}].shape")
+    _check_studies(config)
     return config
 
 
@@ -191,6 +192,28 @@ def _check_name(series: list[dict], i: int) -> None:
         raise ConfigError(f"series[{i}].name: {name!r} is reserved for a part of the workflow; choose another")
     if name in earlier:
         raise ConfigError(f"series[{i}].name: {name!r} already names series[{earlier.index(name)}]; choose another")
+
+
+def _check_studies(config: dict) -> None:
+    names = [entry["name"] for entry in config["series"]]
+
+    def check(path: str, name: str) -> None:
+        if name not in names:
+            raise ConfigError(f"{path}: there is no series {name!r}; {_choose(name, names)}")
+
+    for part in ("dynamics", "ablation"):
+        for i, name in enumerate(config[part]["series"] if config[part]["series"] != "all" else ()):
+            check(f"{part}.series[{i}]", name)
+    pairs = config["dynamics"]["pairs"] if config["dynamics"]["pairs"] != "auto" else ()
+    for i, pair in enumerate(pairs):
+        for key, name in pair.items():
+            check(f"dynamics.pairs[{i}].{key}", name)
+        if pair["dense"] in [earlier["dense"] for earlier in pairs[:i]]:
+            path = f"dynamics.pairs[{i}].dense"
+            raise ConfigError(f"{path}: {pair['dense']!r} stands in an earlier pair; name each dense series once")
+    for i, (first, last) in enumerate(config["dynamics"]["windows"]):
+        if first >= last:
+            raise ConfigError(f"dynamics.windows[{i}]: {first} is not before {last}; write the earlier step first")
 
 
 def _complete_shape(shape: dict, path: str) -> None:

@@ -48,15 +48,27 @@ class Series:
 
 @dataclass(frozen=True)
 class Plan:
-    """The effective configuration, its series by name, its facts."""
+    """The effective configuration, its series by name, its facts; and for study ``dynamics`` the steps of the series
+    that take part, those that are ablated, and the mixture of experts that each dense series is held against."""
 
     config: dict
     series: dict[str, Series]
     facts: facts.Facts
+    dynamics: dict[str, tuple[int, ...]]
+    ablation: dict[str, tuple[int, ...]]
+    routed_by: dict[str, str]
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the series with (``moe``) or without (``dense``) experts."""
         return [series.name for series in self.series.values() if series.kind == kind]
+
+    def asks(self, study: str) -> bool:
+        """Whether the configuration names the study."""
+        return study in self.config["studies"]
+
+    def matched_step(self, dense: str, step: int) -> int:
+        """The checkpoint of the paired mixture of experts nearest to a step of a dense series, ties to the earlier."""
+        return checkpoints.select_steps(dense, self.dynamics[self.routed_by[dense]], {"nearest": [step]})[0]
 
 
 def read(raw: dict, root: str | os.PathLike) -> Plan:
@@ -68,7 +80,45 @@ def read(raw: dict, root: str | os.PathLike) -> Plan:
     asked = facts.choose(effective["relations"], root)
     series = {entry["name"]: _series(i, entry) for i, entry in enumerate(effective["series"])}
     _check_writable(Path(RESULTS))
-    return Plan(effective, series, asked)
+    dynamics = _members(effective, "dynamics", {name: one.steps for name, one in series.items()}, series)
+    ablation = _members(effective, "ablation", dynamics, series)
+    return Plan(effective, series, asked, dynamics, ablation, _pairs(effective, dynamics, series))
+
+
+def _members(
+    effective: dict, part: str, steps: dict[str, tuple[int, ...]], series: dict[str, Series]
+) -> dict[str, tuple[int, ...]]:
+    """The series that take part in a study (or in the ablation), and at which of the given steps."""
+    chosen, asked = effective[part]["series"], effective[part]["steps"]
+    if chosen != "all" and (absent := [name for name in chosen if name not in steps]):
+        raise PlanError(f"{part}.series: series {absent[0]} takes no part in study dynamics; drop it or add it there")
+    members = {}
+    for name, available in steps.items():
+        own = None if part == "ablation" else series[name].entry["studies"]
+        if own is not None and part in own:
+            members[name] = tuple(checkpoints.select_steps(f"{name}: studies.{part}", available, own[part]))
+        elif own is None and (chosen == "all" or name in chosen):
+            members[name] = tuple(checkpoints.select_steps(f"{part}.steps ({name})", available, asked))
+    return members
+
+
+def _pairs(effective: dict, dynamics: dict[str, tuple[int, ...]], series: dict[str, Series]) -> dict[str, str]:
+    """The mixture of experts that each dense series of study dynamics is held against."""
+    pairs, groups = effective["dynamics"]["pairs"], effective["attribution"]["uncertainty"] == "groups"
+    if pairs == "auto":
+        first = {kind: next((n for n in dynamics if series[n].kind == kind), None) for kind in ("moe", "dense")}
+        return {first["dense"]: first["moe"]} if groups and all(first.values()) else {}
+    if pairs and not groups:
+        raise PlanError("dynamics.pairs: needs the group tables; set attribution.uncertainty to groups, or pairs to []")
+    for i, pair in enumerate(pairs):
+        for kind, name in pair.items():
+            place = f"dynamics.pairs[{i}].{kind}"
+            if name not in dynamics:
+                raise PlanError(f"{place}: series {name} takes no part in study dynamics; add it or drop the pair")
+            if series[name].kind != kind:
+                wrong = "has no experts" if kind == "moe" else "has experts"
+                raise PlanError(f"{place}: series {name} {wrong}; name another series")
+    return {pair["dense"]: pair["moe"] for pair in pairs}
 
 
 def _series(i: int, entry: dict) -> Series:

@@ -80,7 +80,43 @@ class Series:
         return not self.manifest.get("shape", {}).get("experts")
 
 
-def build(series: Sequence[Series], folder: str | os.PathLike) -> str:
+@dataclass(frozen=True)
+class Table:
+    """A table of a study as text: ``rows`` of cells below the names of the ``columns``, the first ``words`` of which
+    hold words, the others numbers."""
+
+    heading: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str
+    words: int = 1
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A figure of a study: PNG bytes by the name of what each shows, and a line for each that there is none of.
+
+    Its caption stands in the file ``<name>.rst``.
+    """
+
+    name: str
+    heading: str
+    images: Mapping[str, bytes]
+    missing: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Study:
+    """What the report says of a study: sentences to read first, tables, figures."""
+
+    name: str
+    title: str
+    notes: Sequence[str]
+    tables: Sequence[Table]
+    figures: Sequence[Drawing]
+
+
+def build(series: Sequence[Series], folder: str | os.PathLike, studies: Sequence[Study] = ()) -> str:
     """The page, from the template and the captions in ``folder``.
 
     Raises ReportError for no series, and for a series that lacks a figure it should have (a dense one has no experts).
@@ -101,6 +137,7 @@ def build(series: Sequence[Series], folder: str | os.PathLike) -> str:
             {"name": name, "heading": heading, "missing": _missing(name, series), "caption": _caption(folder, name)}
             for name, heading in FIGURES.items()
         ],
+        studies=[_study(folder, study) for study in studies],
         version=moescope.__version__,
     )
 
@@ -114,6 +151,25 @@ def write(page: str, path: str | os.PathLike) -> None:
 def _caption(folder: str | os.PathLike, name: str) -> Markup:
     text = (Path(folder) / f"{name}.rst").read_text(encoding="utf-8")
     return Markup(publish_parts(text, writer=Writer(), settings_overrides=_CAPTION_SETTINGS)["body"])
+
+
+def _study(folder: str | os.PathLike, study: Study) -> dict:
+    figures = [
+        {
+            "name": figure.name,
+            "heading": figure.heading,
+            "images": {name: _embedded(png) for name, png in figure.images.items()},
+            "missing": figure.missing,
+            "caption": _caption(folder, figure.name),
+        }
+        for figure in study.figures
+    ]
+    return {**vars(study), "figures": figures}
+
+
+def _embedded(png: bytes) -> str:
+    """An image as part of the page."""
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _missing(figure: str, series: Sequence[Series]) -> list[str]:
@@ -158,9 +214,7 @@ def _section(series: Series) -> dict:
         "subsets": [label for subset, label in SUBSETS.items() if subset in series.accuracy["subset"]],
         "accuracy": _accuracy(series),
         "gain": _gain(series),
-        "figures": {
-            name: f"data:image/png;base64,{base64.b64encode(png).decode()}" for name, png in series.figures.items()
-        },
+        "figures": {name: _embedded(png) for name, png in series.figures.items()},
     }
 
 
