@@ -2,6 +2,8 @@
 
 import math
 import weakref
+from dataclasses import dataclass
+from fractions import Fraction
 from itertools import combinations
 
 import numpy as np
@@ -18,6 +20,24 @@ ALL_SPLITS = 126
 DENSE, MIXTURE = Model(), Model(experts=8, width=30, shared=10)
 
 
+@dataclass(frozen=True)
+class HalfDense(Model):
+    """A mixture with shared experts, in whose first layer the experts are one dense block: its shared neurons and its
+    dense ones both have no expert."""
+
+    @property
+    def ffn(self):
+        first = pl.col("layer") == 0, pl.col("kind") == "routed"
+        return super().ffn.with_columns(
+            neuron=pl.when(*first).then(pl.col("neuron") + self.width * pl.col("expert")).otherwise("neuron"),
+            kind=pl.when(*first).then(pl.lit("dense")).otherwise("kind"),
+            expert=pl.when(*first).then(None).otherwise("expert"),
+        )
+
+
+HALF_DENSE = HalfDense(experts=8, width=60, shared=200)
+
+
 def row(table, metric, step, population="all", average="micro"):
     """The one row of these keys, as a dict."""
     found = table.filter(population=population, average=average, metric=metric, step=step)
@@ -25,15 +45,18 @@ def row(table, metric, step, population="all", average="micro"):
     return found.row(0, named=True)
 
 
-def series(model, steps=(0, 10, 40), prompts=60, groups=10, seed=0, **more):
-    """Prompts, checkpoints, and the LPI [prompts, neurons] of the FFN neurons behind each."""
+def series(model, steps=(0, 10, 40), prompts=60, groups=10, seed=0, noise=2.0, **more):
+    """Prompts, checkpoints, and the LPI [prompts, neurons] of the FFN neurons behind each.
+
+    ``noise``: of a single prompt, in units of what lasts.
+    """
     random = np.random.default_rng(seed)
     facts = prompt_table(prompts, groups=groups)
     lasting = random.standard_t(2, (len(model.ffn)))
     checkpoints, scores = [], []
     for step in steps:
         lasting = lasting + 0.5 * random.standard_t(2, len(lasting))
-        lpi = 0.01 * (lasting + 2 * random.standard_t(3, (prompts, len(lasting))))
+        lpi = 0.01 * (lasting + noise * random.standard_t(3, (prompts, len(lasting))))
         attn = random.standard_t(2, (prompts, len(model.attn)))
         routed = random_routing(random, prompts, model, 2) if model.experts else None
         checkpoints.append(model.checkpoint(step, facts, lpi, attn, routed, **more))
@@ -45,21 +68,25 @@ def series(model, steps=(0, 10, 40), prompts=60, groups=10, seed=0, **more):
 
 
 def top(values, share, members=None):
-    members = range(len(values)) if members is None else members
+    """What each neuron counts: 1 in the top share, rounded up; with an ``exact`` Fraction the last one in part."""
+    members = np.arange(len(values)) if members is None else np.array(members)
     size = math.ceil(round(share * len(members), 9))
-    return set(sorted(members, key=lambda i: (-values[i], i))[:size])
+    chosen, found = members[np.argsort(-values[members], kind="stable")[:size]], np.zeros(len(values))
+    found[chosen] = 1
+    if isinstance(share, Fraction):
+        found[chosen[-1]] = share * len(members) - (size - 1)
+    return found
 
 
 def overlap(a, b):
-    return len(a & b) / len(a | b)
+    return np.minimum(a, b).sum() / np.maximum(a, b).sum()
 
 
 def concentration(ranked_by, gain, layers, share):
-    shares = []
+    shares, gain = [], np.maximum(gain, 0)
     for members in layers:
-        total = sum(max(gain[i], 0) for i in members)
-        if total > 0:
-            shares.append(sum(max(gain[i], 0) for i in top(ranked_by, share, members)) / total)
+        if total := gain[members].sum():
+            shares.append((top(ranked_by, share, members) * gain).sum() / total)
     return np.mean(shares)
 
 
@@ -68,7 +95,7 @@ def metrics(before, after, layers, share=0.01):
     sets = [top(np.abs(one), share) for one in (before, after)]
     return {
         "jaccard": overlap(*sets),
-        "survival": len(sets[0] & sets[1]) / len(sets[0]),
+        "survival": np.minimum(*sets).sum() / sets[0].sum(),
         "gain_share": concentration(gain, gain, everything, share),
         "gain_share_layer": concentration(gain, gain, layers, share),
         "gain_share_by_importance": concentration(after, gain, everything, share),
@@ -89,9 +116,9 @@ def test_values_and_replicates_equal_loops_over_prompts(model):
     keeps = [np.ones(len(facts), dtype=bool), *(group != g for g in range(10))]
     before, after = ([scores[i][keep].mean(axis=0) for keep in keeps] for i in (1, 2))
     expected = [metrics(a, b, layers) for a, b in zip(before, after, strict=True)]
-    shares = [sum(b[i] for i in top(b, 0.01) if b[i] > 0) / b[b > 0].sum() for b in after]
+    shares = [concentration(b, b, [range(len(b))], 0.01) for b in after]
     old, new = (top(np.abs(one[0]), 0.01) for one in (before, after))
-    common, size = len(old & new), len(new)
+    common, size = np.minimum(old, new).sum(), new.sum()
     fewer = min(common, size - 1)
     steps = {
         "jaccard": (fewer + 1) / (2 * size - fewer - 1) - fewer / (2 * size - fewer),
@@ -125,23 +152,37 @@ def test_macro_averages_are_means_over_relations_without_interval():
     assert row(table, "jaccard", 10, average="macro") != row(table, "jaccard", 10)
 
 
-def test_the_matched_fraction_is_that_of_active_neurons():
-    """2 of 8 experts with 30 neurons and 10 shared: 70 of 250 neurons a layer are active."""
-    facts, checkpoints, scores = series(MIXTURE)
+@pytest.mark.parametrize(
+    ("model", "share"), [(MIXTURE, Fraction(70, 250)), (DENSE, Fraction(1)), (Model(width=1036), Fraction(1))]
+)
+def test_the_matched_fraction_is_exactly_that_of_active_neurons(model, share):
+    """2 of 8 experts with 30 neurons and 10 shared: 70 of 250 neurons a layer are active, the top set is 1.4 of 500."""
+    facts, checkpoints, scores = series(model)
     table, _ = neuron_dynamics(checkpoints, facts, "ffn", splits=1)
-    before, after = (scores[i].mean(axis=0) for i in (0, 1))
-    for metric, value in metrics(before, after, layers_of(MIXTURE), 0.01 * 70 / 250).items():
-        assert row(table, metric, 10, "matched")["value"] == pytest.approx(value, rel=1e-5)
+    relation, layers, share = facts["relation"].to_numpy(), layers_of(model), share / 100
+    micro = [scores[i].mean(axis=0) for i in (0, 1)]
+    macro = [np.mean([scores[i][relation == r].mean(axis=0) for r in sorted(set(relation))], axis=0) for i in (0, 1)]
+    for average, (before, after) in {"micro": micro, "macro": macro}.items():
+        expected = metrics(before, after, layers, share)
+        expected["positive_share"] = concentration(after, after, [range(len(after))], share)
+        for metric, value in expected.items():
+            assert row(table, metric, 10, "matched", average)["value"] == pytest.approx(value, rel=1e-4), metric
     assert row(table, "jaccard", 10, "matched")["low"] is not None
     assert row(table, "jaccard", 10, "matched", "macro")["low"] is None
-    facts, checkpoints, _ = series(DENSE)
-    assert set(neuron_dynamics(checkpoints, facts, "ffn", splits=1)[0]["population"]) == {"all"}
+    size = float(share * len(model.ffn))
+    assert row(table, "survival", 10, "matched")["resolution"] == pytest.approx(1 / size)
+    old, new = (top(np.abs(one), share) for one in micro)
+    common = min(np.minimum(old, new).sum(), size - 1)
+    worth = (common + 1) / (2 * size - common - 1) - common / (2 * size - common)
+    assert row(table, "jaccard", 10, "matched")["resolution"] == pytest.approx(worth)
+    assert "matched" not in neuron_dynamics(checkpoints, facts, "attn", splits=1)[0]["population"]
 
 
 def test_halves_equal_loops_over_all_splits():
-    facts, checkpoints, scores = series(DENSE, prompts=40)
+    model = Model(width=900)  # 18 neurons: sets of which halves and steps share some
+    facts, checkpoints, scores = series(model, prompts=40, noise=6.0)
     table, _ = neuron_dynamics(checkpoints, facts, "ffn", splits=ALL_SPLITS)
-    group, layers = facts["group"].to_numpy(), layers_of(DENSE)
+    group, layers = facts["group"].to_numpy(), layers_of(model)
 
     def of(i, groups):
         return scores[i][np.isin(group, groups)].mean(axis=0)
@@ -163,35 +204,52 @@ def test_halves_equal_loops_over_all_splits():
                 within = layers if scope == "layer" else [range(len(layers[0]) * 2)]
                 results[name].append(concentration(ranked_on[rank], measured_on["gain"], within, 0.01))
         means = {name: np.mean(values) for name, values in results.items()}
-        reliability = means["cross_half"] / math.sqrt(means["ceiling"] * np.mean(ceilings_before))
+        before = np.mean(ceilings_before)
+        assert all(0.2 < j < 0.9 for j in (means["ceiling"], means["cross_half"], before))
+        assert abs(before / means["ceiling"] - 1) > 0.01
+        reliability = means["cross_half"] / math.sqrt(means["ceiling"] * before)
         names = {name: f"{name}_crossfit" if name in READINGS else name for name in means}
         for name, value in [*((names[n], v) for n, v in means.items()), ("reliability", reliability)]:
             column = "value" if removed is None else f"without_{removed}"
             assert row(table, name, 40)[column] == pytest.approx(value, rel=1e-5), name
 
 
-def test_expected_overlap_given_layers_and_experts():
-    facts, checkpoints, scores = series(MIXTURE)
+@pytest.mark.parametrize("model", [MIXTURE, HALF_DENSE])
+def test_expected_overlap_given_layers_and_experts(model):
+    facts, checkpoints, scores = series(model, noise=8.0)
     table, _ = neuron_dynamics(checkpoints, facts, "ffn", splits=1)
-    sets = [top(np.abs(scores[i].mean(axis=0)), 0.01) for i in (0, 1)]
-    size = len(sets[0])
+    group = facts["group"].to_numpy()
+    keeps = {"value": group >= 0, "without_2": group != 2, "without_7": group != 7}
+
+    def dealt(columns, sets):
+        """J where the members of both sets are dealt at random within cells."""
+        cells = model.ffn.select(columns).rows()
+        inside = [[cells[i] for i in np.flatnonzero(one)] for one in sets]
+        mean = sum(inside[0].count(c) * inside[1].count(c) / cells.count(c) for c in set(inside[0]))
+        return mean / (2 * len(inside[0]) - mean)
+
+    chances = set()
     for level, columns in {"layer": ["layer"], "expert": ["layer", "kind", "expert"]}.items():
-        cells = MIXTURE.ffn.select(columns).rows()
-        mean = sum(
-            sum(cells[i] == cell for i in sets[0]) * sum(cells[i] == cell for i in sets[1]) / cells.count(cell)
-            for cell in set(cells)
-        )
-        expected = row(table, f"jaccard_given_{level}", 10)
-        assert expected["value"] == pytest.approx(mean / (2 * size - mean))
+        expected, excess = row(table, f"jaccard_given_{level}", 10), row(table, f"excess_given_{level}", 10)
+        for column, keep in keeps.items():
+            sets = [top(np.abs(scores[i][keep].mean(axis=0)), 0.01) for i in (0, 1)]
+            chance = dealt(columns, sets)
+            assert expected[column] == pytest.approx(chance)
+            assert excess[column] == pytest.approx((overlap(*sets) - chance) / (1 - chance))
+            chances.add(round(chance, 9))
         assert expected["low"] < expected["value"] < expected["high"]
-        excess = row(table, f"excess_given_{level}", 10)
-        chance = expected["value"]
-        assert excess["value"] == pytest.approx((overlap(*sets) - chance) / (1 - chance))
         assert excess["low"] <= excess["value"] <= excess["high"]
+    assert len(chances) > 2  # leaving out a group changes what is expected
+    if model is HALF_DENSE:
+        sets = [top(np.abs(scores[i].mean(axis=0)), 0.01) for i in (0, 1)]
+        assert dealt(["layer", "expert"], sets) != pytest.approx(row(table, "jaccard_given_expert", 10)["value"])
+
+
+def test_heads_are_the_experts_of_attention_and_a_dense_ffn_has_none():
     facts, checkpoints, _ = series(DENSE)
     dense, attn = (neuron_dynamics(checkpoints, facts, c, splits=1)[0] for c in ("ffn", "attn"))
     assert "jaccard_given_expert" not in dense["metric"]
-    assert row(attn, "jaccard_given_expert", 10)["value"] >= 0  # heads
+    assert row(attn, "jaccard_given_expert", 10)["value"] >= 0
 
 
 def test_cross_fitting_and_the_ceiling_tell_noise_from_change():
@@ -237,7 +295,8 @@ def test_overlaps_of_all_pairs_equal_those_of_sets():
     sets = [top(np.abs(one.mean(axis=0)), 0.01) for one in scores]
     assert len(overlaps) == 15
     for _, a, b, j, survived, identical in overlaps.iter_rows():
-        assert (j, survived) == pytest.approx((overlap(sets[a], sets[b]), len(sets[a] & sets[b]) / len(sets[a])))
+        kept = np.minimum(sets[a], sets[b]).sum() / sets[a].sum()
+        assert (j, survived) == pytest.approx((overlap(sets[a], sets[b]), kept))
         assert not identical
     consecutive = overlaps.filter(pl.col("step") == pl.col("step_from") + 1)["jaccard"]
     assert consecutive.to_list() == [row(table, "jaccard", step)["value"] for step in (1, 2, 3, 4)]
@@ -280,12 +339,13 @@ def test_groups_without_prompts_have_no_replicate_and_do_not_count():
     assert row(table, "ceiling", 10)["value"] is None
 
 
-def masked(planted):
-    """``masked_groups`` of a dense model with 200 neurons in 2 layers: seed -> its two neurons of importance."""
+def masked(planted, rest=(0.0, 0.0, 0.0)):
+    """``masked_groups`` of a dense model with 200 neurons in 2 layers: seed -> its two neurons of importance; and what
+    the others have, by seed."""
     rows = []
     for seed, neurons in planted.items():
         for i in range(200):
-            sums = {f"group_{g}": 1.0 + i / 1000 + g / 100 if i in neurons else 0.0 for g in range(10)}
+            sums = {f"group_{g}": 1.0 + i / 1000 + g / 100 if i in neurons else rest[seed] for g in range(10)}
             rows.append({"layer": i // 100, "neuron": i % 100, "seed": seed, "active": 1, "importance": 0.0, **sums})
     return tables.check(pl.DataFrame(rows), "masked_groups")
 
@@ -321,6 +381,23 @@ def test_masked_blocks_have_the_planted_answer():
     ]
     with pytest.raises(DynamicsError, match="step 0: a seed of masked_groups lacks neurons"):
         neuron_dynamics(torn, facts, "ffn")
+
+
+def test_the_spread_between_seeds_is_of_their_mean():
+    """The two top neurons hold about 0.50, 0.56 and 0.63: the interval is far from 0 and 1."""
+    facts, (checkpoint, *_), _ = series(DENSE)
+    frame = masked(dict.fromkeys(range(3), (3, 150)), rest=(0.011, 0.0085, 0.0065))
+    seen = checkpoint._replace(table=lambda n, c: frame.select(c) if n == "masked_groups" else checkpoint.table(n, c))
+    found = row(neuron_dynamics([seen], facts, "ffn", splits=1)[0], "positive_share", 0, "masked")
+    sums = frame.sort("seed", "layer", "neuron").select(pl.col("^group_.*$").cast(pl.Float64))
+    sums = sums.sum_horizontal().to_numpy().reshape(3, 200)
+    shares = sums[:, [3, 150]].sum(axis=1) / sums.sum(axis=1)
+    assert found["value"] == pytest.approx(shares.mean())
+    assert found["spread"] == pytest.approx(shares.std(ddof=1))
+    without = [found[f"without_{g}"] for g in range(10)]
+    reach = stats.t.ppf(0.975, 9) * math.sqrt(9 * np.var(without) + shares.var(ddof=1) / 3)
+    assert [found["low"], found["high"]] == pytest.approx([shares.mean() - reach, shares.mean() + reach])
+    assert 0 < found["low"] < found["high"] < 1
 
 
 @pytest.mark.parametrize("other", [Model(width=101), Model(layers=1, width=200), MIXTURE])

@@ -9,13 +9,16 @@ import pytest
 from moescope import neuron_sets
 from moescope.neuron_sets import (
     READINGS,
+    Part,
     Positives,
     count,
+    exact_top,
     expected_overlap,
     gain_shares,
     jaccard,
     jaccard_of_overlap,
     largest,
+    leading,
     positive_share,
     survival,
     top,
@@ -52,6 +55,73 @@ def test_resolution_is_what_one_common_neuron_is_worth(a, b):
     found = neuron_sets.resolution(np.array(a), np.array(b))
     change = abs(len({*swapped} & {*b}) / len({*swapped} | {*b}) - len({*a} & {*b}) / len({*a} | {*b}))
     assert found == pytest.approx(change)
+
+
+def weights(part, n):
+    """What each of n neurons counts in a part."""
+    found = np.zeros(n)
+    found[part.chosen] = part.weight
+    return found
+
+
+@pytest.mark.parametrize("x", ["0", "1/4", "1", "128/25", "20", "399/10", "40"])
+def test_the_last_of_the_leading_counts_in_part(x):
+    random = np.random.default_rng(1)
+    for values in (random.normal(size=40), random.integers(0, 4, size=40).astype(float), np.zeros(40)):
+        left, expected = Fraction(x), np.zeros(40)
+        for i in sorted(range(40), key=lambda i, v=values: (-v[i], i)):
+            expected[i] = min(left, 1)
+            left -= min(left, 1)
+        found = leading(values, Fraction(x))
+        assert weights(found, 40) == pytest.approx(expected)
+        assert neuron_sets.size(found) == pytest.approx(float(Fraction(x)))
+        assert (np.diff(found.chosen) > 0).all()
+
+
+def test_exact_tops_are_exact_in_every_layer():
+    values = np.array([5.0, 4.0, 3.0, 9.0, 8.0, 7.0, 6.0])
+    found = exact_top(values, 0.4, np.array([0, 3, 7]))  # 1.2 of 3, 1.6 of 4
+    assert weights(found, 7) == pytest.approx([1, 0.2, 0, 1, 0.6, 0, 0])
+    assert weights(exact_top(values, 0.4), 7) == pytest.approx([0, 0, 0, 1, 1, 0.8, 0])
+    gains = Positives(values, np.array([0, 3, 7]))
+    assert gains.share(found) == pytest.approx(((5 + 0.2 * 4) / 12 + (9 + 0.6 * 8) / 30) / 2)
+    before, bounds = np.zeros(7), np.array([0, 3, 7])
+    assert gain_shares(before, values, bounds, 0.4, exact_top)["gain_share_layer"] == pytest.approx(gains.share(found))
+    assert positive_share(values, 0.4, exact_top) == pytest.approx((9 + 8 + 0.8 * 7) / 42)
+
+
+def test_overlaps_of_parts_are_of_weights():
+    random = np.random.default_rng(7)
+    values = random.normal(size=60)
+    a, b = (leading(values + random.normal(size=60), Fraction("14.3")) for _ in "ab")
+    in_a, in_b = weights(a, 60), weights(b, 60)
+    common = np.minimum(in_a, in_b).sum()
+    assert 0.01 < common % 1 < 0.99  # the last ones count
+    assert neuron_sets.overlap(a, b) == pytest.approx(common)
+    assert jaccard(a, b) == pytest.approx(common / np.maximum(in_a, in_b).sum())
+    assert survival(a, b) == pytest.approx(common / 14.3)
+    assert jaccard(a, a) == survival(a, a) == 1.0
+    # a whole neuron of a for a whole one of b
+    less, more = np.flatnonzero((in_a == 1) & (in_b == 0))[0], np.flatnonzero((in_b == 1) & (in_a == 0))[0]
+    in_a[[less, more]] = 0, 1
+    change = np.minimum(in_a, in_b).sum() / np.maximum(in_a, in_b).sum() - jaccard(a, b)
+    assert neuron_sets.resolution(a, b) == pytest.approx(change)
+    tiny = Part(np.array([3]), np.array([0.25]))
+    assert neuron_sets.resolution(tiny, tiny) == 1.0  # one or none
+
+
+def test_models_of_different_size_hold_the_same_share_of_the_same_distribution():
+    """Exponential importance: the top share p holds p (1 - log p). 1% of 512 and of 4144 neurons are not whole."""
+
+    def lorenz(p):
+        return p * (1 - np.log(np.where(p > 0, p, 1.0)))
+
+    few, many = (np.diff(lorenz(np.arange(n + 1) / n)) for n in (512, 4144))
+    sparse = np.append(few, np.zeros(7 * 512))
+    exact = positive_share(sparse, neuron_sets.TOP / 8, exact_top), positive_share(many, neuron_sets.TOP, exact_top)
+    assert exact == pytest.approx([lorenz(0.01)] * 2, rel=0.002)
+    rounded = positive_share(sparse, neuron_sets.TOP / 8), positive_share(many, neuron_sets.TOP)
+    assert rounded[0] > 1.1 * rounded[1]  # 6 of 512 against 42 of 4144
 
 
 def test_top_by_layer_takes_its_share_of_every_layer():

@@ -61,8 +61,10 @@ def neuron_dynamics(
     Reads ``<component>_groups``, ``<component>_neurons``, ``active_sums`` and, where there is one, ``masked_groups``.
     Population ``all``: the top 1% of all neurons of the component, with jackknife intervals, the agreement of random
     halves (``ceiling``, ``cross_half``, ``reliability``), the cross-fitted readings of R, and J given routing (N1).
-    ``masked``: a dense model seen through a mixture's routing, mean over the seeds of its blocks (N2). ``matched``: the
-    top 1% x share of the component's neurons that are active in a prompt (N4). Macro averages are point estimates.
+    ``masked``: a dense model seen through a mixture's routing, mean over the seeds of its blocks (N2). ``matched``: of
+    FFN neurons the top 1% x share of them that are active in a prompt, of a dense model 1%, exactly: the last neuron of
+    a set counts in part, so that models of different size are held against each other at one fraction (N4); population
+    ``all`` rounds up to whole neurons. Macro averages are point estimates.
     Without group tables there are point estimates alone. What two checkpoints tell stands at the later one. ``overlap``
     holds all pairs of steps; ``identical`` marks two checkpoints whose importance is equal, number by number. Raises
     DynamicsError where steps do not ascend, neurons change between steps, or a table is torn.
@@ -94,11 +96,13 @@ class _Population:
     bounds: np.ndarray
     share: Fraction = TOP
     seeds: int = 1
+    #: what makes a top share: rounded up to whole neurons, or exact
+    choose: Callable[..., neuron_sets.Members] = neuron_sets.top
 
     @cached_property
-    def sets(self) -> list[np.ndarray | None]:
+    def sets(self) -> list[neuron_sets.Members | None]:
         """The top share of every row by |importance|."""
-        return _each(lambda one: neuron_sets.top(np.abs(one), self.share), self.importance, missing=None)
+        return _each(lambda one: self.choose(np.abs(one), self.share), self.importance, missing=None)
 
 
 @dataclass(frozen=True)
@@ -176,10 +180,13 @@ class _Series:
         ids = {"all": neurons}
         bounds = _bounds(neurons)
         populations = {("all", "micro"): _Population(micro, bounds), ("all", "macro"): _Population(macro, bounds)}
-        if (share := self._active_share(table, len(neurons), step)) < 1:
-            populations["matched", "micro"] = _Population(micro, bounds, TOP * share)
-            populations["matched", "macro"] = _Population(macro, bounds, TOP * share)
-        masked = table("masked_groups", [*_MASKED_IDS, "seed", *_GROUP_COLUMNS]) if self.component == "ffn" else None
+        masked = None
+        if self.component == "ffn":
+            share = TOP * self._active_share(table, len(neurons), step)
+            for average, importance in (("micro", micro), ("macro", macro)):
+                matched = _Population(importance, bounds, share, choose=neuron_sets.exact_top)
+                populations["matched", average] = matched
+            masked = table("masked_groups", [*_MASKED_IDS, "seed", *_GROUP_COLUMNS])
         if masked is not None:
             ids["masked"], populations["masked", "micro"] = self._masked(masked, step)
         if before is not None:
@@ -230,7 +237,7 @@ class _Series:
     def at(self, state: _State) -> Iterator[dict]:
         """What one checkpoint tells alone."""
         for name, one in state.populations.items():
-            shares = _each(lambda row, one=one: neuron_sets.positive_share(row, one.share), one.importance)
+            shares = _each(lambda row, one=one: neuron_sets.positive_share(row, one.share, one.choose), one.importance)
             yield self._row(name, "positive_share", None, state, shares, one.seeds)
         if state.halves:
             yield self._row(("all", "micro"), "ceiling", None, state, state.ceiling)
@@ -251,10 +258,11 @@ class _Series:
             name, "jaccard", before, after, _each(neuron_sets.jaccard, old.sets, new.sets), new.seeds, steps
         )
         kept = _each(neuron_sets.survival, old.sets, new.sets)
-        yield self._row(name, "survival", before, after, kept, new.seeds, [1 / len(new.sets[0])] * len(steps))
+        one = min(1.0, 1 / neuron_sets.size(new.sets[0]))
+        yield self._row(name, "survival", before, after, kept, new.seeds, [one] * len(steps))
 
         def shares(earlier: np.ndarray, later: np.ndarray) -> dict[str, float]:
-            return neuron_sets.gain_shares(earlier, later, new.bounds, new.share)
+            return neuron_sets.gain_shares(earlier, later, new.bounds, new.share, new.choose)
 
         readings = _each(shares, old.importance, new.importance, missing=dict.fromkeys(READINGS, math.nan))
         for metric in READINGS:

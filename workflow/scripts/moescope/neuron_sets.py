@@ -1,15 +1,18 @@
 """Sets of the most important neurons: which they are, how they overlap, and what share of a sum they hold.
 
-A set is an ascending array of indices. Importance is a mean log-probability increase in nats. Where a component is
-taken layer by layer, its neurons stand layer after layer and ``bounds`` [layers + 1] are the places where layers begin
-and the last one ends; ``whole`` makes one layer of all.
+A set is an ascending array of indices, or a ``Part``, whose members need not count whole: a top share is either rounded
+up to whole neurons (``top``) or exact (``exact_top``). Importance is a mean log-probability increase in nats. Where a
+component is taken layer by layer, its neurons stand layer after layer and ``bounds`` [layers + 1] are the places where
+layers begin and the last one ends; ``whole`` makes one layer of all.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from typing import NamedTuple
 
 import numpy as np
 
@@ -44,6 +47,39 @@ def top(importance: np.ndarray, share: Fraction | float = TOP, bounds: np.ndarra
     return np.concatenate([at + largest(importance[at:end], count(share, end - at)) for at, end in _layers(bounds)])
 
 
+class Part(NamedTuple):
+    """A set of which the member ``chosen`` [members], ascending indices, counts ``weight`` [members], from 0 to 1."""
+
+    chosen: np.ndarray
+    weight: np.ndarray
+
+
+Members = np.ndarray | Part
+
+
+def leading(values: np.ndarray, x: Fraction) -> Part:
+    """The x largest of values [n]: as many as are whole, and the next one with the weight x - floor(x)."""
+    chosen = largest(values, math.ceil(x))
+    weight = np.ones(len(chosen))
+    if len(chosen):
+        last = len(chosen) - 1 - np.argmin(values[chosen][::-1])  # of equal ones, that of the highest index
+        weight[last] = 1 - float(math.ceil(x) - x)
+    return Part(chosen, weight)
+
+
+def exact_top(importance: np.ndarray, share: Fraction | float = TOP, bounds: np.ndarray | None = None) -> Part:
+    """The top share of values [n], exactly share x n of them (of every layer): the last one counts in part.
+
+    For comparisons between different n, which ceil(share x n) would make at different shares.
+    """
+    bounds, share = whole(importance) if bounds is None else bounds, Fraction(str(share))
+    layers = [(at, leading(importance[at:end], share * (end - at))) for at, end in _layers(bounds)]
+    return Part(
+        np.concatenate([at + layer.chosen for at, layer in layers]),
+        np.concatenate([layer.weight for _, layer in layers]),
+    )
+
+
 def whole(importance: np.ndarray) -> np.ndarray:
     """The bounds that make one layer of all neurons."""
     return np.array([0, len(importance)])
@@ -53,30 +89,43 @@ def _layers(bounds: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True))
 
 
-def overlap(a: np.ndarray, b: np.ndarray) -> int:
-    """Number of neurons in both sets."""
-    return len(np.intersect1d(a, b, assume_unique=True))
+def size(a: Members) -> float:
+    """Number of members, each as much as it counts."""
+    return float(a.weight.sum()) if isinstance(a, Part) else len(a)
 
 
-def jaccard(a: np.ndarray, b: np.ndarray) -> float:
-    """J = |a and b| / |a or b|; random sets of a share p of many neurons have p / (2 - p), 0.00503 for 1%."""
-    return jaccard_of_overlap(overlap(a, b), len(a), len(b))
+def overlap(a: Members, b: Members) -> float:
+    """Number of neurons in both sets, of two sets or two parts; of a neuron the lesser of its weights."""
+    if not isinstance(a, Part):
+        return len(np.intersect1d(a, b, assume_unique=True))
+    _, in_a, in_b = np.intersect1d(a.chosen, b.chosen, assume_unique=True, return_indices=True)
+    return float(np.minimum(a.weight[in_a], b.weight[in_b]).sum())
 
 
-def jaccard_of_overlap(common: float, a: int, b: int) -> float:
+def jaccard(a: Members, b: Members) -> float:
+    """J = |a and b| / |a or b|; random sets of a share p of many neurons have p / (2 - p), 0.00503 for 1%.
+
+    Of parts the weighted J, sum min(w_a, w_b) / sum max(w_a, w_b) (Ruzicka).
+    """
+    return jaccard_of_overlap(overlap(a, b), size(a), size(b))
+
+
+def jaccard_of_overlap(common: float, a: float, b: float) -> float:
     """J of two sets with a and b members of which so many are common; NaN for two empty ones."""
     return common / (a + b - common) if a + b else math.nan
 
 
-def resolution(a: np.ndarray, b: np.ndarray) -> float:
+def resolution(a: Members, b: Members) -> float:
     """What one neuron more in both of two sets of one size adds to their J (one set: what one less would take)."""
-    common = min(overlap(a, b), len(a) - 1)
-    return jaccard_of_overlap(common + 1, len(a), len(b)) - jaccard_of_overlap(common, len(a), len(b))
+    n = size(a)
+    one = min(1.0, n)
+    common = min(overlap(a, b), n - one)
+    return jaccard_of_overlap(common + one, n, size(b)) - jaccard_of_overlap(common, n, size(b))
 
 
-def survival(a: np.ndarray, b: np.ndarray) -> float:
+def survival(a: Members, b: Members) -> float:
     """The share of a's neurons that are in b too; NaN where a is empty."""
-    return overlap(a, b) / len(a) if len(a) else math.nan
+    return overlap(a, b) / size(a) if size(a) else math.nan
 
 
 def positive(values: np.ndarray) -> np.ndarray:
@@ -104,17 +153,23 @@ class Positives:
         other._limit(bounds)
         return other
 
-    def share(self, chosen: np.ndarray) -> float:
-        """What the chosen neurons hold."""
+    def share(self, members: Members) -> float:
+        """What the members hold."""
+        chosen, weight = members if isinstance(members, Part) else (members, 1.0)
         ends = np.searchsorted(chosen, self.bounds)
-        held = np.diff(np.concatenate([[0.0], np.cumsum(self._parts[chosen])])[ends])
+        held = np.diff(np.concatenate([[0.0], np.cumsum(self._parts[chosen] * weight)])[ends])
         some = self._totals > 0
         return float((held[some] / self._totals[some]).mean()) if some.any() else math.nan
 
 
-def positive_share(importance: np.ndarray, share: Fraction | float = TOP) -> float:
-    """The share of all positive importance that the top share of neurons by signed importance holds."""
-    return Positives(importance).share(top(importance, share))
+def positive_share(
+    importance: np.ndarray, share: Fraction | float = TOP, choose: Callable[..., Members] = top
+) -> float:
+    """The share of all positive importance that the top share of neurons by signed importance holds.
+
+    ``choose``: what makes the top share, ``top`` or ``exact_top``.
+    """
+    return Positives(importance).share(choose(importance, share))
 
 
 #: The readings of positive-gain concentration: what ranks the neurons, and within what.
@@ -127,19 +182,24 @@ READINGS = {
 
 
 def gain_shares(
-    before: np.ndarray, after: np.ndarray, bounds: np.ndarray, share: Fraction | float = TOP
+    before: np.ndarray,
+    after: np.ndarray,
+    bounds: np.ndarray,
+    share: Fraction | float = TOP,
+    choose: Callable[..., Members] = top,
 ) -> dict[str, float]:
     """Positive-gain concentration R from importance [n] at two checkpoints, in the four readings of ``READINGS``.
 
     R = sum over T of dI+ / sum over all of dI+, dI+ = max(after - before, 0); T is the top share of neurons by dI or
     by (signed) importance at the later checkpoint, of the whole model or of each layer (then R is the layers' mean).
+    ``choose``: what makes T, ``top`` or ``exact_top``.
     """
     gain = after - before
     ranked_by = {"gain": gain, "importance": after}
     positives = Positives(gain)
     gains = {"model": positives, "layer": positives.within(bounds)}
     return {
-        name: gains[scope].share(top(ranked_by[rank], share, gains[scope].bounds))
+        name: gains[scope].share(choose(ranked_by[rank], share, gains[scope].bounds))
         for name, (rank, scope) in READINGS.items()
     }
 

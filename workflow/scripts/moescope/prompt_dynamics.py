@@ -1,8 +1,9 @@
 """Stability and concentration within a prompt, among the neurons that are active in it (N3).
 
 A mixture of experts leaves most neurons out of a prompt, so that 1% of all neurons is a larger part of those at work
-than in a dense model. Here shares and overlaps are of active neurons, prompt by prompt. Checkpoints are read one at a
-time; of each, numbers and scores of the listed neurons are kept until the next one is done.
+than in a dense model. Here shares and overlaps are of active neurons, prompt by prompt, at exactly 1% of them: the last
+neuron of a top set counts in part, as few active neurons rounded up to whole ones would be more than 1%. Checkpoints
+are read one at a time; of each, numbers and scores of the listed neurons are kept until the next one is done.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import polars as pl
 
 from moescope import tables
 from moescope.dynamics import Checkpoint, DynamicsError
-from moescope.neuron_sets import TOP, largest, positive
+from moescope.neuron_sets import TOP, largest, leading, positive
 from moescope.statistics import Resamples, SubjectBootstrap
 
 #: ``top_active`` is complete down to this share of a prompt's active neurons by |LPI|.
@@ -37,9 +38,9 @@ def prompt_dynamics(checkpoints: Iterable[Checkpoint], prompts: pl.DataFrame) ->
 
     ``positive_share``: what the top 1% of the active neurons by signed LPI hold of the positive LPI. With S = sum LPI+,
     ``effective_share`` = exp(H) / active, H = log S - (sum LPI+ log LPI+) / S: the number of equal neurons that would
-    be as spread out, as a share of the active ones. Both null in a prompt without positive LPI. ``jaccard``: overlap of
-    the two top 1% by |LPI| among the neurons active at this step and at the one before; null where a list ends before
-    that top 1% is whole. Without ``top_active`` only the effective share is known. Raises DynamicsError where tables
+    be as spread out, as a share of the active ones. Both null in a prompt without positive LPI. ``jaccard``: (weighted)
+    J of the two top 1% by |LPI| among the neurons active at this step and at the one before; null where a list ends
+    before that top 1% does. Without ``top_active`` only the effective share is known. Raises DynamicsError where tables
     do not fit.
     """
     ids = prompts["prompt_id"].sort()
@@ -75,10 +76,13 @@ class PromptMean(NamedTuple):
     left_out: int
 
 
-def means(frame: pl.DataFrame, prompts: pl.DataFrame, seed: int = 0) -> Iterator[PromptMean]:
+def means(
+    frame: pl.DataFrame, prompts: pl.DataFrame, seed: int = 0, missing: float | None = None
+) -> Iterator[PromptMean]:
     """Every metric at every step; the draws are the same for all of them, and for all series with these subjects.
 
-    ``jaccard`` begins with the second step.
+    ``jaccard`` begins with the second step. ``missing``: what a prompt without a value counts as; by default such
+    prompts are left out of the mean. They are counted either way.
     """
     bootstrap = SubjectBootstrap.draw(prompts["subject"], seed)
     places = prompts.select(
@@ -92,12 +96,12 @@ def means(frame: pl.DataFrame, prompts: pl.DataFrame, seed: int = 0) -> Iterator
         raise DynamicsError(f"prompt {stranger} is not in prompts.parquet; delete the results of its series")
     for (component, step_from, step), rows in placed.group_by(["component", "step_from", "step"], maintain_order=True):
         for metric in METRICS if step_from is not None else METRICS[:-1]:
-            known = rows.filter(pl.col(metric).is_not_null())
-            sums = None
-            if len(known):
-                values, subject, stratum = (known[name].to_numpy() for name in (metric, "subject", "stratum"))
+            left_out, sums = rows[metric].null_count(), None
+            used = rows.with_columns(pl.col(metric).fill_null(pl.lit(missing, pl.Float64))).drop_nulls(metric)
+            if len(used):
+                values, subject, stratum = (used[name].to_numpy() for name in (metric, "subject", "stratum"))
                 sums = bootstrap.resample(values[:, None], subject, stratum)
-            yield PromptMean(component, metric, step_from, step, sums, len(known), len(rows) - len(known))
+            yield PromptMean(component, metric, step_from, step, sums, len(rows) - left_out, left_out)
 
 
 def summary(frame: pl.DataFrame, prompts: pl.DataFrame, tokens: dict[int, int | None], seed: int = 0) -> pl.DataFrame:
@@ -232,8 +236,8 @@ def _lists(rows: pl.DataFrame, experts: _Experts, active: np.ndarray, step: int)
     complete = _ceil(LISTED, active)
     if (np.bincount(prompt, minlength=len(active)) < complete).any():
         raise _torn(step, "top_active lists too few neurons of a prompt")
-    best = _largest(lpi, prompt, _ceil(TOP, active))
-    held = np.bincount(prompt[best], positive(lpi[best].astype(np.float64)), len(active))
+    best, weight = _leading(lpi, prompt, active)
+    held = np.bincount(prompt[best], weight * positive(lpi[best].astype(np.float64)), len(active))
     chosen = _largest(np.abs(lpi), prompt, complete)
     parts = {
         _LAYER: pl.col("layer"),
@@ -254,25 +258,39 @@ def _jaccards(before: _State, after: _State, component: str) -> np.ndarray:
         active = before.experts.others + both @ before.experts.neurons
     else:
         active = np.minimum(before.active[component], after.active[component])
-    size, known, sets = _ceil(TOP, active), active > 0, []
+    whole, known, sets = _ceil(TOP, active), active > 0, []
     for listed in (before.listed[component], after.listed[component]):
         if listed is None:
             return np.full(len(active), np.nan)
         # an expert of -1 reads the last column, which the first condition makes irrelevant
         at_both = (listed.expert < 0) | (both.shape[1] > 0 and both[listed.prompt, listed.expert])
         prompt, neuron = listed.prompt[at_both].astype(np.int64), listed.neuron[at_both]
-        known &= np.bincount(prompt, minlength=len(active)) >= size
-        chosen = _largest(listed.size[at_both], prompt, size)
-        sets.append((prompt[chosen] << _NUMBER) + neuron[chosen])
-    common = np.bincount(np.intersect1d(*sets, assume_unique=True) >> _NUMBER, minlength=len(active))
-    return np.divide(common, 2 * size - common, out=np.full(len(active), np.nan), where=known)
+        known &= np.bincount(prompt, minlength=len(active)) >= whole
+        chosen, weight = _leading(listed.size[at_both], prompt, active)
+        sets.append(((prompt[chosen] << _NUMBER) + neuron[chosen], weight))
+    (one, one_weight), (other, other_weight) = sets
+    shared, i, j = np.intersect1d(one, other, assume_unique=True, return_indices=True)
+    common = np.bincount(shared >> _NUMBER, np.minimum(one_weight[i], other_weight[j]), len(active))
+    either = 2 * float(TOP) * active - common
+    return np.divide(common, either, out=np.full(len(active), np.nan), where=known)
 
 
 def _largest(key: np.ndarray, prompt: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """Rows with the largest keys of each prompt, so many, in the order they stand; ``prompt`` ascends."""
-    starts = np.searchsorted(prompt, np.arange(len(sizes) + 1)).tolist()
-    parts = zip(starts[:-1], starts[1:], sizes.tolist(), strict=True)
+    parts = _parts(prompt, sizes)
     return np.concatenate([start + largest(key[start:end], size) for start, end, size in parts])
+
+
+def _leading(key: np.ndarray, prompt: np.ndarray, active: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows with the largest keys of each prompt, exactly 1% of its active neurons, and the weight of each row."""
+    tops = [(start, leading(key[start:end], TOP * n)) for start, end, n in _parts(prompt, active)]
+    return np.concatenate([start + top.chosen for start, top in tops]), np.concatenate([top.weight for _, top in tops])
+
+
+def _parts(prompt: np.ndarray, numbers: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Where the rows of each prompt begin and end, with its number; ``prompt`` ascends."""
+    starts = np.searchsorted(prompt, np.arange(len(numbers) + 1)).tolist()
+    return zip(starts[:-1], starts[1:], numbers.tolist(), strict=True)
 
 
 def _ceil(share: Fraction, active: np.ndarray) -> np.ndarray:
