@@ -18,7 +18,7 @@ from moescope.layer_dynamics import (
     variation,
     within,
 )
-from moescope.overview import Checkpoint
+from moescope.sample import Checkpoint
 from moescope.statistics import SubjectBootstrap
 
 STEPS = (0, 10, 20, 40, 80)

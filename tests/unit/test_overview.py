@@ -8,7 +8,8 @@ import polars as pl
 import pytest
 
 from moescope import tables
-from moescope.overview import Checkpoint, OverviewError, accuracy, layer_importance, top_experts
+from moescope.overview import OverviewError, accuracy, layer_importance, top_experts
+from moescope.sample import Checkpoint, SampleError
 from moescope.statistics import StatisticsError, SubjectBootstrap
 
 #: prompt_id -> relation, category, subject. France occurs in two relations, red is the only prompt of its category.
@@ -155,7 +156,7 @@ def test_facts_met_equally_often_share_a_quarter():
 
 def test_tables_that_do_not_fit_are_named():
     fitting = prompts()
-    with pytest.raises(OverviewError, match=r"step 30: prompt language/0 is not in prompts\.parquet"):
+    with pytest.raises(SampleError, match=r"step 30: prompt language/0 is not in prompts\.parquet"):
         accuracy([Checkpoint(30, 1, predictions(RANKS))], fitting.filter(pl.col("prompt_id") != "language/0"))
     exposure = pl.DataFrame({"prompt_id": ["capital/0"], "exposures": [1], "held_out": [False]})
     with pytest.raises(OverviewError, match=r"prompt capital/1 is not in exposure\.parquet"):
@@ -167,7 +168,7 @@ def test_tables_that_do_not_fit_are_named():
     torn = fitting.with_columns(
         category=pl.when(pl.col("prompt_id") == "capital/0").then(pl.lit("user")).otherwise("category")
     )
-    with pytest.raises(OverviewError, match="relation capital stands in two categories"):
+    with pytest.raises(SampleError, match="relation capital stands in two categories"):
         accuracy([Checkpoint(30, 1, predictions(RANKS))], torn)
 
 
@@ -235,7 +236,7 @@ def test_intervals_of_totals_keep_the_layers_of_a_prompt_together():
 
 def test_a_prompt_that_lacks_a_layer_is_refused():
     frame = layers(INCREASES).filter(~((pl.col("prompt_id") == "color/0") & (pl.col("layer") == 1)))
-    with pytest.raises(OverviewError, match="step main: a prompt lacks layers"):
+    with pytest.raises(SampleError, match="step main: a prompt lacks layers"):
         layer_importance([Checkpoint(None, None, frame)], prompts())
 
 

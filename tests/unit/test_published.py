@@ -103,7 +103,7 @@ def neuron_dynamics(steps, seed=0, expert=True, groups=True, metrics=("jaccard",
         for i, (before, step) in enumerate(itertools.pairwise(steps)):
             base = {"component": component, "population": "all", "average": "micro", "step_from": before, "step": step}
             value = 0.1 + 0.02 * i
-            nulls = {"low": 0.4 * value, "value": 0.5 * value, "high": 0.7 * value}
+            nulls = {"low": 0.4 * value, "value": 0.5 * value, "high": 0.7 * value}  # a low end that is cut off
             for metric in metrics:
                 without = {f"without_{g}": value + random.normal() / 50 if groups else None for g in range(10)}
                 rows.append({**base, "metric": metric, "value": value, "low": 0.0, "high": 1.0, **without})
@@ -159,9 +159,9 @@ def test_nulls_of_stability_and_concentration():
     assert found["null"] == "N1: given layer and expert"
     assert row(table, "moe", "attn", "jaccard", "all")["null"] == "N1: given layer and head"
     assert found["null_value"] == pytest.approx(0.5 * values.mean())
-    # ends of a mean of six independent overlaps, not the mean of their ends
-    assert found["null_low"] == pytest.approx(0.5 * values.mean() - np.sqrt((0.01 * values**2).sum()) / 6)
-    assert found["null_high"] == pytest.approx(0.5 * values.mean() + np.sqrt((0.04 * values**2).sum()) / 6)
+    # ends of a mean of six independent overlaps, not the mean of their ends; by the high ends: low ones are cut off
+    reach = np.sqrt((0.04 * values**2).sum()) / 6
+    assert [found["null_low"], found["null_high"]] == pytest.approx([found["null_value"] + x for x in (-reach, reach)])
     dense = row(table, "dense", "ffn", "jaccard", "10000-70000")
     assert (dense["null"], dense["null_value"]) == ("N1: given layer", pytest.approx(0.45 * values.mean()))
     gain = row(table, "moe", "ffn", "gain_share", "all")
@@ -170,6 +170,16 @@ def test_nulls_of_stability_and_concentration():
     found = row(table_2({"mine": plain}, (), REPOS, FIGURES), "mine", "attn", "jaccard", "all")
     assert found["null"] == "random sets of 1%"
     assert found["null_value"] == pytest.approx(0.00503, abs=1e-5)
+
+
+def test_the_null_of_stability_stays_within_0_and_1():
+    for value, high, ends in ((0.02, 0.1, (0, 0.1)), (0.9, 0.95, (0.85, 0.95)), (0.7, 1.2, (0.2, 1))):
+        frame = neuron_dynamics([10, 20]).with_columns(
+            pl.when(pl.col("metric") == "jaccard_given_expert").then(new).otherwise(name).alias(name)
+            for name, new in (("value", value), ("low", 0.0), ("high", high))
+        )
+        found = row(table_2({"mine": frame}, (), REPOS, FIGURES), "mine", "ffn", "jaccard", "all")
+        assert [found["null_low"], found["null_high"]] == pytest.approx(ends)
 
 
 def test_published_numbers_stand_beside_the_published_models_alone():
@@ -231,8 +241,8 @@ def test_table_3():
     assert row(table, "mine", "ffn", "cv_abs", "all")["note"].startswith("no value")
 
 
-def summary(rankings=("signed",), unavailable=0):
-    """``robustness_summary`` with a different number in every row: 0.01 x its place."""
+def summary(rankings=("signed",), unavailable=0, matched=4):
+    """``robustness_summary`` with a different number in every row: 0.01 x its place; 4 checkpoints, or ``matched``."""
     entries = [
         (site, size, ranking, control, crossfit)
         for site, sizes in (("head", ("1", "10", "1%")), ("ffn_neuron", ("0.1%", "1%")))
@@ -250,15 +260,16 @@ def summary(rankings=("signed",), unavailable=0):
             ("relation", "r", "micro", "hit@10", "mean"),
         ):  # fmt: skip
             value = 0.01 * len(rows)
-            tail = (value, value - 0.1, value + 0.1, 4, unavailable, entry[:2] == ("head", "10"))
-            rows.append((*key, scope, name, average, metric, statistic, *tail))
+            number = matched if entry[3] == "matched" else 4
+            tail = (None, number, unavailable + 4 - number, entry[:2] == ("head", "10"))
+            rows.append((*key, scope, name, average, metric, statistic, value, value - 0.1, value + 0.1, *tail))
     schema = dict(tables.SCHEMAS["robustness_summary"].columns)
     return tables.check(pl.DataFrame(rows, schema=schema, orient="row"), "robustness_summary")
 
 
 def test_table_4_holds_each_drop_against_its_controls():
     frame = summary()
-    table = table_4({"moe": frame, "mine": frame}, REPOS, FIGURES)
+    table = table_4({"other": frame, "mine": frame}, REPOS, FIGURES)
     # four interventions, two averages; cross-fitted against random and matched, in-sample against random
     assert len(table) == 2 * 4 * 2 * 3
     mean = frame.filter(scope="all", metric="hit@10", statistic="mean", site="ffn_neuron", size="1%", average="micro")
@@ -269,7 +280,7 @@ def test_table_4_holds_each_drop_against_its_controls():
         "micro, in-sample": (value["none", False], value["random", False], "random sets", "in-sample, as in the paper"),
     }
     for condition, (ours, null, text, note) in expected.items():
-        found = row(table, "moe", "ffn", "top_1pct_neurons", condition)
+        found = row(table, "mine", "ffn", "top_1pct_neurons", condition)
         assert (found["value"], found["null_value"], found["null"]) == (pytest.approx(ours), pytest.approx(null), text)
         assert [found["low"], found["null_high"]] == pytest.approx([ours - 0.1, null + 0.1])
         assert (found["note"], found["checkpoints"]) == (note, 4)
@@ -283,6 +294,15 @@ def test_table_4_stands_beside_what_the_paper_did():
         if number == "4":
             assert row(table, "moe" if model == "OLMoE-1B-7B" else "dense", *key)["published"] == pytest.approx(value)
     assert len(beside) == 2 * 3 * 2
+    # our mean is over other checkpoints than the paper's
+    for series, number in (("moe", 19), ("dense", 13)):
+        note = row(table, series, "ffn", "top_1pct_neurons", "macro, in-sample")["note"]
+        assert note == f"in-sample, as in the paper; over 4 checkpoints, the paper's over {number}"
+    alone = table.filter(pl.col("published").is_null())["note"].drop_nulls()
+    assert not alone.str.contains("the paper's over").any()
+    whole = summary().with_columns(checkpoints=19)
+    note = row(table_4({"moe": whole}, REPOS, FIGURES), "moe", "attn", "top_1_head", "micro, in-sample")["note"]
+    assert note == "in-sample, as in the paper"
     assert row(table, "moe", "ffn", "top_1pct_neurons", "micro, in-sample, by abs")["null"] == "random sets"
 
 
@@ -296,6 +316,16 @@ def test_table_4_says_what_is_degenerate_or_missing():
     ]
     alone = summary().filter(pl.col("control") == "none")
     assert table_4({"mine": alone}, REPOS, FIGURES)["null"].is_null().all()
+
+
+def test_a_control_at_other_checkpoints_is_no_null():
+    table = table_4({"mine": summary(matched=1)}, REPOS, FIGURES)
+    found = row(table, "mine", "ffn", "top_1pct_neurons", "micro, cross-fitted, matched control")
+    assert [found[name] for name in ("null_value", "null_low", "null_high", "null")] == [None] * 4
+    assert (found["note"], found["checkpoints"]) == ("matched control at 1 of 4 checkpoints only", 4)
+    assert found["value"] is not None
+    beside_random = row(table, "mine", "ffn", "top_1pct_neurons", "micro, cross-fitted")
+    assert (beside_random["null"], beside_random["note"]) == ("random sets", None)
 
 
 def test_the_models_of_the_paper_are_exact_repositories():

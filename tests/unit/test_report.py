@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 from matplotlib.figure import Figure
 
-from moescope import overview, report, tables
+from moescope import overview, report, sample, tables
 from tests.examples import ROOT
 
 FOLDER = ROOT / "workflow" / "report"
@@ -51,7 +51,7 @@ def series(name="tiny-olmoe", source="pretrain", experts=32, steps=(0, 700), exp
             log_prob_h0=pl.lit(-9.0),
             argmax_id=pl.lit(3),
         )
-        predictions.append(overview.Checkpoint(step, 2048 * (step or 0), tables.check(score, "predictions")))
+        predictions.append(sample.Checkpoint(step, 2048 * (step or 0), tables.check(score, "predictions")))
         place = np.indices(gains.shape).reshape(3, -1)
         rows = {
             "prompt_id": prompts["prompt_id"].gather(place[0]),
@@ -59,7 +59,7 @@ def series(name="tiny-olmoe", source="pretrain", experts=32, steps=(0, 700), exp
             "component": pl.Series(["attn", "ffn"]).gather(place[2]),
             "lpi": gains.ravel(),
         }
-        layers.append(overview.Checkpoint(step, 2048 * (step or 0), tables.check(pl.DataFrame(rows), "layers")))
+        layers.append(sample.Checkpoint(step, 2048 * (step or 0), tables.check(pl.DataFrame(rows), "layers")))
     shape = {"layers": 2, "d": 128, "heads": 8, "experts": experts, "K": 4, "I": 32, "parameters": 2_345_678}
     provenance = {
         "versions": {"torch": "2.13.0", "transformers": "5.23.0"},

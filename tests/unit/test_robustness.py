@@ -6,11 +6,11 @@ import time
 import numpy as np
 import polars as pl
 import pytest
-from scipy.stats import linregress, spearmanr
+from scipy.stats import linregress, spearmanr, t
 
 from moescope import tables
-from moescope.overview import Checkpoint, OverviewError
 from moescope.robustness import RobustnessError, degenerate, robustness, score_faithfulness, units
+from moescope.sample import Checkpoint, SampleError
 from moescope.statistics import SubjectBootstrap
 
 #: relation, category, subject, group (0-4 are fold 0). s0 and s2 occur in two relations, s5 alone makes a category.
@@ -143,6 +143,11 @@ def test_no_relative_drop_where_the_clean_model_knows_nothing():
     at_the_edge = [1] + [99] * 9
     table, _ = one_step(clean(at_the_edge, facts), run([99] * 10, facts=facts), facts=facts)
     assert cell(table)["value"] == 1
+    # it is HIT@10 that decides: 0.1 with an MRR of 0.02; and none of 10 hits with an MRR of 0.09
+    for ranks, known in (([10] + [99] * 9, True), ([11] * 10, False)):
+        table, _ = one_step(clean(ranks, facts), run([999] * 10, facts=facts), facts=facts)
+        for metric in ("hit@10", "mrr"):
+            assert (cell(table, metric=metric)["value"] is not None) is known
 
 
 def test_controls_are_averaged_over_seeds():
@@ -157,7 +162,93 @@ def test_controls_are_averaged_over_seeds():
     before = drawn_means((np.array(CLEAN) <= 10).astype(float))
     with np.errstate(invalid="ignore", divide="ignore"):
         drop = 1 - mean / before
-    assert [found["low"], found["high"]] == pytest.approx(np.nanpercentile(drop[1:][before[1:] > 0], [2.5, 97.5]))
+    low, high = np.nanpercentile(drop[1:][before[1:] > 0], [2.5, 97.5])
+    each = [1 - sum(rank <= 10 for rank in ranks) / 6 for ranks in seeds]  # of 6 clean hits
+    assert found["spread"] == pytest.approx(math.sqrt(sum((one - np.mean(each)) ** 2 for one in each) / 2))
+    reach = t.ppf(0.975, 2) * found["spread"] / math.sqrt(3)
+    assert found["low"] == pytest.approx(found["value"] - math.sqrt((found["value"] - low) ** 2 + reach**2))
+    assert found["high"] == pytest.approx(found["value"] + math.sqrt((high - found["value"]) ** 2 + reach**2))
+    assert cell(table, control="none")["spread"] is None
+    unseen = [run(r, ranking=None, control="random", seed=s) for s, r in enumerate(seeds)]
+    table, _ = one_step(clean([30] * 8), *unseen)
+    assert (cell(table)["spread"], cell(table, metric="mrr")["spread"]) == (None, None)
+    assert cell(table, metric="log_prob")["spread"] is not None
+
+
+def test_the_spread_is_that_of_each_scope_and_average():
+    """Against a loop over relations; three seeds, matched, each put together from its two folds."""
+    seeds = [[1, 20, 40, 20, 5, 30, 1, 11], [50] * 8, [1, 2, 4, 20, 50, 30, 1, 2]]
+    controls = [run(ranks, control="matched", fold=f, seed=s) for s, ranks in enumerate(seeds) for f in (0, 1)]
+    table, _ = one_step(clean(), *[run(CLEAN, fold=f) for f in (0, 1)], *controls)
+    for metric, of in (("hit@10", lambda rank: rank <= 10), ("mrr", lambda rank: 1 / rank)):
+        for scope, name, average, relations in (
+            ("all", None, "micro", ["abc"]), ("all", None, "macro", "abc"), ("category", "x", "macro", "ab"),
+            ("relation", "b", "micro", "b"),
+        ):  # fmt: skip
+            before, *after = (
+                np.mean([np.mean([of(ranks[i]) for i in range(8) if FACTS[i][0] in one]) for one in relations])
+                for ranks in (CLEAN, *seeds)
+            )
+            drops = [(before - one) / before for one in after]
+            found = cell(table, control="matched", scope=scope, name=name, average=average, metric=metric)
+            assert found["value"] == pytest.approx(np.mean(drops))
+            assert found["spread"] == pytest.approx(np.std(drops, ddof=1))
+
+
+def test_one_draw_of_a_control_has_no_interval():
+    table, summary = one_step(clean(), run(CLEAN), run([50] * 8, ranking=None, control="random", seed=0))
+    for found in (cell(table, control="random"), cell(summary, control="random", statistic="mean")):
+        assert (found["value"], found["low"], found["high"], found["spread"]) == (1, None, None, None)
+    assert cell(table, control="none")["high"] == 0
+
+
+def test_the_spread_over_steps_is_that_of_the_means_and_slopes_of_the_seeds():
+    """Two seeds that differ by as much at all steps: their draws do not average out over steps."""
+    facts = [("a", "x", f"s{i}", 0) for i in range(8)]
+    lost = {10: (2, 6), 100: (1, 7), 1000: (1, 5)}
+    frames = [
+        Checkpoint(step, None, ablations(clean([1] * 8, facts), *(
+            run([99] * n + [1] * (8 - n), ranking=None, control="random", seed=s, facts=facts)
+            for s, n in enumerate(numbers)
+        )))
+        for step, numbers in lost.items()
+    ]  # fmt: skip
+    _, summary = robustness(frames, prompts(facts), 100, 100)
+    counts = SubjectBootstrap.draw({fact[2] for fact in facts}).counts[1:]
+    drawn = np.array([sum(counts[:, :n].sum(axis=1) for n in numbers) / 16 for numbers in lost.values()])
+    for statistic, of in (("mean", lambda y: np.mean(y)), ("slope", lambda y: linregress([1, 2, 3], y).slope)):
+        each = [of([numbers[s] / 8 for numbers in lost.values()]) for s in (0, 1)]
+        found = cell(summary, statistic=statistic)
+        assert found["value"] == pytest.approx(np.mean(each))
+        assert found["spread"] == pytest.approx(np.std(each, ddof=1))
+        low, high = np.percentile([of(draw) for draw in drawn.T], [2.5, 97.5])
+        reach = t.ppf(0.975, 1) * found["spread"] / math.sqrt(2)
+        assert found["low"] == pytest.approx(found["value"] - math.hypot(found["value"] - low, reach))
+        assert found["high"] == pytest.approx(found["value"] + math.hypot(high - found["value"], reach))
+    more = run([1] * 8, ranking=None, control="random", seed=2, facts=facts)
+    other = Checkpoint(5000, None, pl.concat([frames[0].frame, ablations(more)]))
+    with pytest.raises(RobustnessError, match=r"step 5000: head 1 \(control random\) has 3 seeds, not 2"):
+        robustness([*frames, other], prompts(facts), 100, 100)
+
+
+def test_steps_without_a_control_are_counted():
+    """A matched control that two of four steps do not have: one was not drawn, of one there is a fold alone."""
+    facts = [("a", "x", f"s{i}", i) for i in range(10)]
+    runs = [run([99] * 10, fold=f, facts=facts) for f in (0, 1)]
+    runs += [run([1] * 10, control="matched", fold=f, seed=s, facts=facts) for s in (0, 1) for f in (0, 1)]
+    frames = {0: runs, 10: runs[:2], 100: [*runs[:3], runs[4]], 1000: runs}
+    checkpoints = [Checkpoint(s, None, ablations(clean([1] * 10, facts), *found)) for s, found in frames.items()]
+    for order in (checkpoints, checkpoints[1:] + checkpoints[:1]):  # missing at the first step, too
+        _, summary = robustness(order, prompts(facts), 100, 100)
+        counted = {
+            (control, statistic): tuple(cell(summary, control=control, statistic=statistic).values())[-3:-1]
+            for control in ("none", "matched")
+            for statistic in ("mean", "slope")
+        }
+        assert counted == {
+            ("none", "mean"): (4, 0), ("none", "slope"): (3, 0),
+            ("matched", "mean"): (2, 2), ("matched", "slope"): (1, 2),
+        }  # fmt: skip
 
 
 def test_removed_share_is_averaged_like_the_metric():
@@ -290,7 +381,7 @@ def test_incomplete_tables_are_named(runs, message):
 
 
 def test_a_prompt_that_the_prompt_table_lacks_is_named():
-    with pytest.raises(OverviewError, match=r"c/7 is not in prompts\.parquet"):
+    with pytest.raises(SampleError, match=r"c/7 is not in prompts\.parquet"):
         one_step(clean(), run(CLEAN), facts=FACTS[:-1])
 
 

@@ -177,16 +177,71 @@ def test_matched_neurons_match():
     assert len(set(seeds)) == len(seeds) == 6
 
 
+def matched(units, stratum, cells, magnitude, seed):
+    return selection.matched_units(np.array(units), stratum, cells, magnitude, np.random.default_rng(seed))
+
+
 def test_an_exhausted_cell_is_filled_from_the_nearest():
-    """One stratum; the set is the whole of cell (4, 4), whose neighbours are few."""
+    """One stratum; the set is all but one of cell (4, 4), whose neighbours are few."""
     cells = np.array([(4, 4)] * 3 + [(4, 5)] + [(6, 4)] * 2 + [(0, 0)] * 5 + [(4, 4)])
-    stratum = np.zeros(len(cells), dtype=np.int64)
+    stratum, magnitude = np.zeros(len(cells), dtype=np.int64), np.zeros(len(cells))
     for seed in range(20):
-        units, share = selection.matched_units(np.array([0, 1, 2]), stratum, cells, np.random.default_rng(seed))
+        units, share = matched([0, 1, 2], stratum, cells, magnitude, seed)
         assert {11, 3} <= set(units)  # the one that is left in the cell, and the one at distance 1
         assert set(units) - {11, 3} <= {4, 5}
         assert share == pytest.approx(1 / 3)
-    assert selection.matched_units(np.arange(7), stratum, cells, np.random.default_rng(0)) is None
+    assert matched(range(7), stratum, cells, magnitude, 0) is None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_nearest_cells_differ_least_in_both_deciles(axis):
+    """Unit 0 has nobody in its cell; of two that are like it in one decile, the one that is nearer in the other."""
+    cells = np.array([(5, 5), (5, 8), (5, 6), (3, 4)])[:, [axis, 1 - axis]]
+    for seed in range(10):
+        units, _ = matched([0], np.zeros(4, dtype=np.int64), cells, np.zeros(4), seed)
+        assert units.tolist() == [2]
+
+
+def test_controls_are_drawn_among_the_nearest_in_magnitude():
+    """Three of the tail of their cell: the three stand-ins are any of the six largest others, all of them in turn."""
+    magnitude = np.concatenate([[30.0, 31.0, 32.0], np.arange(20.0), [31.0, 31.0]])
+    stratum = np.repeat([0, 1], [23, 2])  # the last two are nearest, but in another layer
+    cells = np.full((25, 2), 9)
+    counts = Counter()
+    for seed in range(400):
+        units, share = matched([0, 1, 2], stratum, cells, magnitude, seed)
+        assert (len(set(units)), share) == (3, 1)
+        counts.update(units)
+    assert set(counts) == set(range(17, 23))
+    assert stats.chisquare(list(counts.values())).pvalue > 1e-3
+    # in the middle of a cell it is the nearest on both sides
+    inside = {u for seed in range(50) for u in matched([13], stratum, cells, magnitude, seed)[0]}
+    assert inside == {12, 14}
+
+
+def test_the_last_ring_of_cells_is_drawn_by_magnitude_too():
+    """Nobody else in the cell, one at distance 1, six at distance 2: always the one, and of the six the nearest two."""
+    cells = np.array([(5, 5), (5, 5), (5, 6), *[(5, 7)] * 3, *[(4, 4)] * 3])
+    magnitude = np.array([4.0, 6.0, 99.0, 5.1, 0.0, 9.0, 5.2, 1.0, 8.0])
+    drawn = {tuple(matched([0, 1], np.zeros(9, dtype=np.int64), cells, magnitude, seed)[0]) for seed in range(50)}
+    assert drawn == {(2, 3), (2, 6)}
+
+
+def test_the_ratio_of_magnitudes_is_that_of_the_means():
+    """Scores that follow the magnitude: the selection is the tail, the ratio is above 1 and below a random draw's."""
+    neurons = FRAMES["ffn_neurons"].with_columns(importance=pl.col("magnitude") / 10)
+    rows = neurons.sort(PLAN.index["ffn_neuron"].columns, nulls_last=True)["magnitude"].to_list()
+    plan = selection.plan({"heads": FRAMES["heads"], "ffn_neurons": neurons}, ROWS, seeds=4)
+    assert len(plan.matched) == 4 * 4
+    for entry in plan.matched:
+        where = {"site": "ffn_neuron", "size": entry["size"], "ranking": "signed", "fold": None}
+        (ours,) = chosen(plan, control="none", seed=None, **where)
+        (control,) = chosen(plan, control="matched", seed=entry["seed"], **where)
+        mean = [sum(rows[u] for u in one.units) / len(one.units) for one in (ours, control)]
+        assert entry["magnitude_ratio"] == pytest.approx(mean[0] / mean[1])
+        assert 1 < entry["magnitude_ratio"] < mean[0] / np.mean(rows)
+    silent = {"heads": FRAMES["heads"], "ffn_neurons": neurons.with_columns(magnitude=pl.lit(0.0))}
+    assert {entry["magnitude_ratio"] for entry in selection.plan(silent, ROWS, seeds=1).matched} == {None}
 
 
 def test_matched_heads_stay_in_their_layers():
@@ -195,6 +250,19 @@ def test_matched_heads_stay_in_their_layers():
         (target,) = chosen(PLAN, site="head", size=i.size, ranking="signed", fold=i.fold, control="none")
         assert Counter(layer[u] for u in i.units) == Counter(layer[u] for u in target.units)
         assert not set(i.units) & set(target.units)
+
+
+def test_the_folds_draw_their_controls_apart():
+    """One head leads in both folds; its stand-ins are not the same ones."""
+    heads = FRAMES["heads"].with_columns(
+        lpi=pl.when(pl.col("head") == 0, pl.col("layer") == 1).then(9.0).otherwise("lpi").cast(pl.Float32)
+    )
+    plan = selection.plan({**FRAMES, "heads": heads}, ROWS, seeds=20)
+    first, second = (
+        [i.units.tolist() for i in chosen(plan, site="head", size="1", control="matched", fold=fold)] for fold in (0, 1)
+    )
+    assert first != second
+    assert {u for units in first for u in units} == {HEADS + 1, HEADS + 2, HEADS + 3, HEADS + 4}
 
 
 def test_no_control_rather_than_half_a_control():

@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from moescope import layer_dynamics, overview, tables
+from moescope import layer_dynamics, sample, tables
 from moescope.job import job
 
 with job(snakemake):
     cfg = snakemake.params.cfg
     manifests = [json.loads(Path(path).read_text()) for path in snakemake.input.manifest]
     checkpoints = (
-        overview.Checkpoint(manifest["step"], manifest["tokens"], tables.read(path))
+        sample.Checkpoint(manifest["step"], manifest["tokens"], tables.read(path))
         for manifest, path in zip(manifests, snakemake.input.layers, strict=True)
     )
     found = layer_dynamics.layer_dynamics(

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moescope import overview, robustness, tables
+from moescope import robustness, sample, tables
 from moescope.job import job
 
 with job(snakemake):
@@ -12,7 +12,7 @@ with job(snakemake):
 
     def checkpoints(name):
         for manifest, path in zip(manifests, snakemake.input.get(name), strict=True):
-            yield overview.Checkpoint(manifest["step"], manifest["tokens"], tables.read(path))
+            yield sample.Checkpoint(manifest["step"], manifest["tokens"], tables.read(path))
 
     heads = tables.read(snakemake.input.heads, ["layer", "head"]).unique().height
     neurons = tables.read(snakemake.input.ffn_neurons, ["neuron"]).height

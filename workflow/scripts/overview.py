@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moescope import overview, tables
+from moescope import overview, sample, tables
 from moescope.job import job
 
 with job(snakemake):
@@ -14,7 +14,7 @@ with job(snakemake):
 
     def checkpoints(paths):
         for manifest, path in zip(manifests, paths, strict=True):
-            yield overview.Checkpoint(manifest["step"], manifest["tokens"], tables.read(path))
+            yield sample.Checkpoint(manifest["step"], manifest["tokens"], tables.read(path))
 
     accuracy = overview.accuracy(checkpoints(snakemake.input.predictions), prompts, exposure, seed)
     tables.write(accuracy, snakemake.output.accuracy)

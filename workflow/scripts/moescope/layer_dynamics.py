@@ -17,7 +17,7 @@ from scipy.stats import rankdata
 
 from moescope import tables
 from moescope.errors import MoescopeError
-from moescope.overview import Checkpoint, Prompts, by_layer
+from moescope.sample import Checkpoint, Prompts
 from moescope.statistics import percentiles
 
 #: Correlations with the final profile at which it counts as settled.
@@ -57,7 +57,7 @@ def layer_dynamics(
         for metric, first, courses in _courses(*profiles):
             for i, ends in enumerate(courses, start=first):
                 by_step.append((component, metric, steps[i], tokens[i], *ends))
-    return _table("layer_dynamics", by_window), _table("profile_similarity", by_step)
+    return tables.of_rows(by_window, "layer_dynamics"), tables.of_rows(by_step, "profile_similarity")
 
 
 def within(steps: Sequence[int], windows: Iterable[Sequence[int]]) -> dict[str, list[int]]:
@@ -126,7 +126,7 @@ def _profiles(
     known = Prompts(prompts, seed)
     read, shape = [], None
     for step, tokens, frame in checkpoints:
-        placed, layers, increase = by_layer(known.place(frame, step), step)
+        placed, layers, increase = known.layers(frame, step)
         increase = increase.transpose(0, 2, 1)  # prompts, components, layers
         shape = shape or increase.shape[1:]
         if increase.shape[1:] != shape:
@@ -232,7 +232,3 @@ def _step_interval(value: float, draws: np.ndarray, final: int) -> tuple[float |
         return float(value), None, None
     low, high = np.percentile(draws, [2.5, 97.5], method="inverted_cdf")
     return float(value), *(None if end == final else float(end) for end in (low, high))
-
-
-def _table(name: str, rows: list[tuple]) -> pl.DataFrame:
-    return tables.check(pl.DataFrame(rows, schema=dict(tables.SCHEMAS[name].columns), orient="row"), name)

@@ -6,15 +6,15 @@ at a time, so that a series of hundreds needs the memory of one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import polars as pl
 
 from moescope import tables
 from moescope.errors import MoescopeError
-from moescope.statistics import Estimate, Resamples, SubjectBootstrap, hits, reciprocal_ranks
+from moescope.sample import Checkpoint, Prompts
+from moescope.statistics import Estimate, Resamples, hits, reciprocal_ranks
 
 METRICS = ("hit@1", "hit@10", "mrr", "log_prob")
 TOP_EXPERTS = 5
@@ -22,50 +22,6 @@ TOP_EXPERTS = 5
 
 class OverviewError(MoescopeError):
     """Tables of a series that do not fit together."""
-
-
-class Checkpoint(NamedTuple):
-    """One table of one checkpoint: its step (null: ``main``), the tokens seen by then (null: unknown), the rows."""
-
-    step: int | None
-    tokens: int | None
-    frame: pl.DataFrame
-
-
-class Prompts:
-    """What the summaries need to know of the prompts: relation, category and subject of each, and the draws."""
-
-    def __init__(self, prompts: pl.DataFrame, seed: int) -> None:
-        self.bootstrap = SubjectBootstrap.draw(prompts["subject"], seed)
-        self.relations = prompts["relation"].unique().sort().to_list()
-        categories = prompts.select("relation", "category").unique()
-        if categories["relation"].is_duplicated().any():
-            torn = categories.filter(pl.col("relation").is_duplicated())["relation"].min()
-            raise OverviewError(f"relation {torn} stands in two categories; give all its facts the same category")
-        self.category = dict(categories.iter_rows())
-        codes = {name: code for code, name in enumerate(self.relations)}
-        self._rows = prompts.select(
-            "prompt_id",
-            _stratum=pl.col("relation").replace_strict(codes, return_dtype=pl.Int64),
-            _subject=pl.Series(self.bootstrap.positions(prompts["subject"].to_list())),
-        )
-
-    def place(self, frame: pl.DataFrame, step: int | None) -> pl.DataFrame:
-        """The frame with ``_stratum``, the relation's number, and ``_subject``, the position among the subjects."""
-        placed = frame.join(self._rows, on="prompt_id", how="left", maintain_order="left")
-        if placed["_stratum"].null_count():
-            stranger = placed.filter(pl.col("_stratum").is_null())["prompt_id"][0]
-            found = f"step {_name(step)}: prompt {stranger} is not in prompts.parquet"
-            raise OverviewError(f"{found}; delete this step's results and run again")
-        return placed
-
-    def scopes(self, strata: set[int]) -> Iterator[tuple[str, str | None, list[int]]]:
-        """(scope, name, numbers of its relations) for everything, each category and each relation with prompts."""
-        yield "all", None, sorted(strata)
-        for category in sorted({self.category[self.relations[s]] for s in strata}):
-            yield "category", category, [s for s in sorted(strata) if self.category[self.relations[s]] == category]
-        for stratum in sorted(strata):
-            yield "relation", self.relations[stratum], [stratum]
 
 
 def accuracy(
@@ -140,7 +96,7 @@ def layer_importance(checkpoints: Iterable[Checkpoint], prompts: pl.DataFrame, s
     known = Prompts(prompts, seed)
     rows = []
     for step, tokens, frame in checkpoints:
-        placed, layers, increase = by_layer(known.place(frame, step), step)
+        placed, layers, increase = known.layers(frame, step)
         columns = np.concatenate(
             [increase, increase.mean(axis=1, keepdims=True), increase.sum(axis=1, keepdims=True)], axis=1
         )
@@ -149,19 +105,6 @@ def layer_importance(checkpoints: Iterable[Checkpoint], prompts: pl.DataFrame, s
         names = [(*label, component) for label in labels for component in tables.COMPONENTS]
         rows += [(step, tokens, *name, *ends) for name, ends in zip(names, _intervals(estimate), strict=True)]
     return _table("layer_importance", rows)
-
-
-def by_layer(frame: pl.DataFrame, step: int | None) -> tuple[pl.DataFrame, list[int], np.ndarray]:
-    """One row per prompt, the layers, and the increases [prompts, layers, components]."""
-    frame = frame.sort("prompt_id", "layer", "component")
-    layers = frame["layer"].unique().sort().to_list()
-    placed = frame.unique("prompt_id", maintain_order=True)
-    shape = (len(placed), len(layers), len(tables.COMPONENTS))
-    if len(frame) != np.prod(shape):
-        raise OverviewError(
-            f"step {_name(step)}: a prompt lacks layers in layers.parquet; delete the file and run again"
-        )
-    return placed, layers, frame["lpi"].to_numpy().astype(np.float64).reshape(shape)
 
 
 def top_experts(routing: pl.DataFrame, prompts: pl.DataFrame, step: int | None, seed: int = 0) -> pl.DataFrame:
@@ -211,12 +154,7 @@ def _intervals(estimate: Estimate) -> Iterator[tuple[float, float | None, float 
         yield float(value), None if np.isnan(low) else float(low), None if np.isnan(high) else float(high)
 
 
-def _name(step: int | None) -> str:
-    return "main" if step is None else str(step)
-
-
 def _table(name: str, rows: list[tuple]) -> pl.DataFrame:
     if not rows:
         raise OverviewError(f"{name}: there is no checkpoint with prompts to summarise")
-    columns: Mapping[str, pl.DataType] = tables.SCHEMAS[name].columns
-    return tables.check(pl.DataFrame(rows, schema=dict(columns), orient="row"), name)
+    return tables.of_rows(rows, name)

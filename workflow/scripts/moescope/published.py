@@ -129,7 +129,8 @@ def table_2(
     ``dynamics`` holds the table ``neuron_dynamics`` of every series, ``repos`` its repository (null: none). A window
     takes the pairs with both ends inside. Intervals: jackknife over groups of subjects of the mean itself. Null of J:
     what routing (layer and expert, or head) leaves to chance, else the layer, else random sets; its ends are 1.96
-    standard deviations of the mean over pairs, which are independent under it. Null of R: uniform gains.
+    standard deviations of the mean over pairs, which are independent under it, within 0 and 1. Null of R: uniform
+    gains.
     """
     windows, rows = list(windows), []
     for series, frame in dynamics.items():
@@ -150,7 +151,7 @@ def table_2(
                         notes.append(f"no value in {missing} of {len(chosen) - 1} pairs")
                     tail = (number, beside, _joined(notes))
                     rows.append((series, component, quantity, window, *ours, *null, *tail))
-    return _table(2, rows)
+    return tables.of_rows(rows, "table_2")
 
 
 def _mean(pairs: pl.DataFrame) -> tuple[tuple[float | None, float | None, float | None], int]:
@@ -162,7 +163,7 @@ def _mean(pairs: pl.DataFrame) -> tuple[tuple[float | None, float | None, float 
     without = pairs.select(_WITHOUT).cast(pl.Float64).to_numpy().mean(axis=0)
     rounded = rounding_variance(pairs["resolution"].cast(pl.Float64).fill_null(0.0)).sum() / len(pairs) ** 2
     low, high = jackknife(value, without, rounded)
-    return (value, _number(low), _number(high)), len({*pairs["step_from"], *pairs["step"]})
+    return (value, tables.number(low), tables.number(high)), len({*pairs["step_from"], *pairs["step"]})
 
 
 def _null_of_j(rows: pl.DataFrame, component: str) -> tuple[float, float | None, float | None, str]:
@@ -170,10 +171,10 @@ def _null_of_j(rows: pl.DataFrame, component: str) -> tuple[float, float | None,
     for metric, texts in _NULLS.items():
         pairs = rows.filter(pl.col("metric") == metric, pl.col("value").is_not_null())
         if len(pairs):
-            value, low, high = (pairs[end].cast(pl.Float64).to_numpy() for end in ("value", "low", "high"))
-            below, above = (np.sqrt(((end - value) ** 2).sum()) / len(value) for end in (low, high))
-            mean = float(value.mean())
-            return mean, _number(mean - below), _number(mean + above), texts[component]
+            value, high = (pairs[end].cast(pl.Float64).to_numpy() for end in ("value", "high"))
+            mean, reach = value.mean(), np.linalg.norm(high - value) / len(value)  # low ends are cut off at 0
+            low, high = np.clip([mean - reach, mean + reach], 0, 1)
+            return float(mean), tables.number(low), tables.number(high), texts[component]
     share = float(TOP)
     return share / (2 - share), None, None, "random sets of 1%"
 
@@ -205,7 +206,7 @@ def table_3(layers: Mapping[str, pl.DataFrame], repos: Mapping[str, str | None],
                 notes.append("no value: a profile is the same in all layers, or a mean is 0")
             ours = (series, component, metric, window, value, low, high)
             rows.append((*ours, None, None, None, None, number, beside, _joined(notes)))
-    return _table(3, rows)
+    return tables.of_rows(rows, "table_3")
 
 
 def table_4(
@@ -215,8 +216,9 @@ def table_4(
 
     ``summaries`` holds the table ``robustness_summary`` of every series, ``repos`` its repository (null: none).
     Conditions: average, how selection and test are kept apart, what chose the set (unless signed importance), and
-    ``matched control`` where that is the null; else it is random sets. The published number stands beside what it is
-    like, the in-sample selection by signed importance; the paper does not say which average it is.
+    ``matched control`` where that is the null; else it is random sets. A control with a value at other checkpoints than
+    the selection is no null. The published number stands beside what it is like, the in-sample selection by signed
+    importance; the paper does not say which average it is.
     """
     rows = []
     for series, frame in summaries.items():
@@ -232,24 +234,36 @@ def table_4(
             like = signed and not one["crossfit"]
             beside = published(figures, model, 4, component, quantity, condition) if like else None
             ours = (one["value"], one["low"], one["high"])
-            for suffix, null in _controls(frame, one):
-                tail = (one["checkpoints"], beside if not suffix else None, _note_on_drop(one))
+            for suffix, null, lacking in _controls(frame, one):
+                here = beside if not suffix else None
+                number = _note_on_checkpoints(one["checkpoints"], "all", model) if here is not None else None
+                tail = (one["checkpoints"], here, _joined([_note_on_drop(one), number, lacking]))
                 rows.append((series, component, quantity, condition + suffix, *ours, *null, *tail))
-    return _table(4, rows)
+    return tables.of_rows(rows, "table_4")
 
 
-def _controls(frame: pl.DataFrame, one: Mapping) -> Iterator[tuple[str, tuple]]:
-    """(suffix of the condition, null and what it is) of a selection: random sets first, matched ones if there are."""
+def _controls(frame: pl.DataFrame, one: Mapping) -> Iterator[tuple[str, tuple, str | None]]:
+    """(suffix of the condition, null and what it is, note) of a selection: random sets, then matched if there are."""
     same = frame.filter(site=one["site"], size=one["size"], average=one["average"])
     matched = same.filter(
         pl.col("control") == "matched",
         pl.col("ranking").eq_missing(pl.lit(one["ranking"])),
         pl.col("crossfit") == one["crossfit"],
     )
-    random = same.filter(control="random")
-    yield "", (*random.select("value", "low", "high").row(0), "random sets") if len(random) else (None,) * 4
+    yield "", *_null_of_drop(same.filter(control="random"), "random", one["checkpoints"])
     if len(matched):
-        yield ", matched control", (*matched.select("value", "low", "high").row(0), "matched sets")
+        yield ", matched control", *_null_of_drop(matched, "matched", one["checkpoints"])
+
+
+def _null_of_drop(control: pl.DataFrame, name: str, checkpoints: int) -> tuple[tuple, str | None]:
+    """Drop of a control, its ends and what it is, and a note; a mean over other checkpoints compares with nothing."""
+    nothing = (None,) * 4
+    if control.is_empty():
+        return nothing, None
+    *ours, number = control.select("value", "low", "high", "checkpoints").row(0)
+    if number != checkpoints:
+        return nothing, f"{name} control at {number} of {checkpoints} checkpoints only"
+    return (*ours, f"{name} sets"), None
 
 
 def _note_on_drop(one: Mapping) -> str | None:
@@ -262,12 +276,3 @@ def _note_on_drop(one: Mapping) -> str | None:
             missing if one["unavailable"] else None,
         ]
     )
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _table(number: int, rows: list[tuple]) -> pl.DataFrame:
-    name = f"table_{number}"
-    return tables.check(pl.DataFrame(rows, schema=dict(tables.SCHEMAS[name].columns), orient="row"), name)

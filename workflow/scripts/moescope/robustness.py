@@ -3,7 +3,8 @@
 A relative drop is (clean - ablated) / clean of an averaged metric, never a mean of ratios, and has no value where the
 clean HIT@10 is below 0.1. The clean and the ablated average are resampled together, so an interval is that of their
 paired difference. Selection and test on the same prompts is optimistic: the cross-fitted rows take each prompt away
-with what was selected on the other fold of subjects.
+with what was selected on the other fold of subjects. A control is one of many that could have been drawn: its interval
+holds the variance between subjects and that between draws.
 """
 
 from __future__ import annotations
@@ -14,12 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 import polars as pl
-from scipy.special import ndtri
+from scipy.special import ndtri, stdtrit
 from scipy.stats import rankdata
 
 from moescope import tables
 from moescope.errors import MoescopeError
-from moescope.overview import Checkpoint, Prompts
+from moescope.sample import Checkpoint, Prompts, step_name
 from moescope.selection import RANKINGS, SIZES, size_of
 from moescope.statistics import LEVEL, hits, percentiles, reciprocal_ranks
 
@@ -71,32 +72,36 @@ def robustness(
     ``checkpoints`` carry ``ablations`` and are read one at a time; ``heads`` and ``neurons`` are the numbers of all
     heads and FFN neurons of the model. ``value`` is the relative drop of HIT@10 and MRR (null where clean HIT@10 of the
     scope and average is below 0.1) and the loss of mean log-probability in nats. Cross-fitted rows hold both folds,
-    each prompt once. A control is averaged over its seeds first; its ``p`` (from 19 seeds on) is (1 + the seeds whose
-    drop is at least the selection's) / (1 + seeds). Random sets serve all selections; their p refers to the first there
+    each prompt once. A control is averaged over its n seeds first; ``spread`` is the standard deviation of ``value``
+    between them, and its interval adds t(n - 1) spread / sqrt(n) to the distances of the subject bootstrap, in
+    quadrature on each side (one seed: no interval). Its ``p`` (from 19 seeds on) is (1 + the seeds whose drop is at
+    least the selection's) / (1 + n). Random sets serve all selections; their p refers to the first there
     is of signed, abs, per_relation, cross-fitted before in-sample. ``seeds`` is 0 for a selection. A control that was
     not drawn for both folds (too few other heads in a layer) has no row.
     Over steps: ``mean``, and ``slope`` per decade of training steps (least squares on log10 of the step, steps > 0, two
-    or more); ``checkpoints`` counts the steps used, ``unavailable`` those without a value. Raises RobustnessError where
-    the clean run or a tested prompt is missing.
+    or more), ``spread`` that of the seeds' own means or slopes; ``checkpoints`` counts the steps used, ``unavailable``
+    all others (slope: that are > 0), those where a control was not drawn too. Raises RobustnessError where the clean
+    run or a tested prompt is missing, or where a control has other seeds than at another step.
     """
     known = Prompts(prompts, seed)
-    rows, courses = [], {}
+    rows, courses, steps = [], {}, []
     for step, tokens, frame in checkpoints:
+        steps.append(step)
         clean, tested = _tested(known.place(frame, step), step)
         for result in _results(known, clean, tested):
             key = (*result.entry, *result.scope)
-            courses.setdefault(key, _Course(result.drop.shape)).add(step, result.drop)
+            courses.setdefault(key, _Course(result)).add(step, result)
             site, size = result.entry[:2]
             number, flag = units(site, size, heads, neurons), degenerate(site, size, heads)
             for metric, estimate, p in zip(METRICS, result.estimates, result.p, strict=True):
-                numbers = (*map(_number, estimate), result.removed, p)
+                numbers = (*map(tables.number, estimate), result.removed, p)
                 rows.append((step, tokens, *key, metric, *numbers, number, result.prompts, result.seeds, flag))
     summary = [
         (*key, metric, statistic, *numbers, degenerate(*key[:2], heads))
         for key, course in courses.items()
-        for metric, statistic, numbers in course.summaries()
+        for metric, statistic, numbers in course.summaries(len(steps), sum(map(bool, steps)))
     ]
-    return _table("robustness", rows), _table("robustness_summary", summary)
+    return tables.of_rows(rows, "robustness"), tables.of_rows(summary, "robustness_summary")
 
 
 class _Clean(NamedTuple):
@@ -117,17 +122,22 @@ class _Tested(NamedTuple):
 class _Result(NamedTuple):
     """One entry in one scope: drops in the sample and the draws [1 + draws, metrics], and by metric its numbers.
 
-    ``scope`` is (scope, name, average); ``estimates`` [metrics, 5] are clean, ablated, value, low and high.
+    ``scope`` is (scope, name, average); ``by_seed`` [seeds, metrics] are the drops of the seeds of a control, none of a
+    selection; ``estimates`` [metrics, 6] are clean, ablated, value, low, high and spread.
     """
 
     entry: Entry
     scope: tuple[str, str | None, str]
     drop: np.ndarray
+    by_seed: np.ndarray
     estimates: np.ndarray
     removed: float | None
     p: list[float | None]
     prompts: int
-    seeds: int
+
+    @property
+    def seeds(self) -> int:
+        return len(self.by_seed)
 
 
 def _tested(placed: pl.DataFrame, step: int | None) -> tuple[_Clean, dict[Entry, _Tested]]:
@@ -135,7 +145,8 @@ def _tested(placed: pl.DataFrame, step: int | None) -> tuple[_Clean, dict[Entry,
     placed = placed.with_columns(crossfit=pl.col("fold").is_not_null()).sort(*_ENTRY, "seed", "prompt_id")
     clean = placed.filter(pl.col("site") == "none")
     if clean.is_empty():
-        raise RobustnessError(f"step {_name(step)}: ablations.parquet has no clean run; delete the file and run again")
+        found = f"step {step_name(step)}: ablations.parquet has no clean run"
+        raise RobustnessError(f"{found}; delete the file and run again")
     runs = placed.filter(pl.col("site") != "none").with_columns(_rows=pl.len().over(*_ENTRY, "seed"))
     _refuse_gaps(runs, clean, step)
     runs = runs.filter(pl.col("_rows") == len(clean))  # matched controls of one fold alone are gone
@@ -158,7 +169,7 @@ def _refuse_gaps(runs: pl.DataFrame, clean: pl.DataFrame, step: int | None) -> N
     for fault, found in faults.items():
         if len(found):
             site, size, control = found.select("site", "size", "control").row(0)
-            what = f"step {_name(step)}: {site} {size} (control {control}) tests {fault}"
+            what = f"step {step_name(step)}: {site} {size} (control {control}) tests {fault}"
             raise RobustnessError(f"{what}; delete ablations.parquet of this step and run again")
 
 
@@ -178,19 +189,37 @@ def _results(known: Prompts, clean: _Clean, tested: Mapping[Entry, _Tested]) -> 
             draws = draws.reshape(len(draws), -1, len(METRICS))
             drop = drops(draws[:, :1], draws[:, 1:])
             available = draws[0, 0, 0] >= FLOOR - 1e-9  # equal but for rounding
-            drop[..., :2] *= 1 if available else np.nan
+            factor = 1 if available else np.nan
+            drop[..., :2] *= factor
             if sums.subjects(members) < 2:
                 drop[1:] = np.nan
-            low, high = (end.reshape(drop.shape[1:]) for end in percentiles(drop[1:].reshape(len(drop) - 1, -1)))
+            ends = np.stack([end.reshape(drop.shape[1:]) for end in percentiles(drop[1:].reshape(len(drop) - 1, -1))])
             weights = _weights(clean.stratum, members, average)
             by_seed = {e: drops(weights @ clean.values, weights @ one.values) for e, one in tested.items()}
+            for each in by_seed.values():
+                each[:, :2] *= factor
             for i, (entry, one) in enumerate(tested.items()):
-                estimates = np.stack([draws[0, 0], draws[0, 1 + i], drop[0, i], low[i], high[i]], axis=1)
+                seeds = by_seed[entry][: 0 if entry.control == "none" else None]
+                estimated = _estimates(drop[0, i], *ends[:, i], seeds)
+                estimates = np.column_stack([draws[0, 0], draws[0, 1 + i], estimated])
                 p = [value if np.isfinite(drop[0, i, m]) else None for m, value in enumerate(_p(entry, by_seed))]
-                removed = _number(one.removed.mean(axis=0)[weights > 0] @ weights[weights > 0])
-                seeds = 0 if entry.control == "none" else len(one.values)
+                removed = tables.number(one.removed.mean(axis=0)[weights > 0] @ weights[weights > 0])
                 scoped = (scope, name, average)
-                yield _Result(entry, scoped, drop[:, i], estimates, removed, p, sums.prompts(members), seeds)
+                yield _Result(entry, scoped, drop[:, i], seeds, estimates, removed, p, sums.prompts(members))
+
+
+def _estimates(value: np.ndarray, low: np.ndarray, high: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+    """Value, low, high and spread, [metrics, 4], of a result and those of its ``seeds`` [n, metrics] (selection: none).
+
+    Subjects and draws of a control are independent, so that the distances which either gives to an end add in
+    quadrature.
+    """
+    n, spread = len(seeds), np.full_like(value, np.nan)
+    if n > 0:
+        spread = seeds.std(axis=0, ddof=1) if n > 1 else spread
+        reach = stdtrit(max(n - 1, 1), 0.5 + LEVEL / 2) * spread / np.sqrt(n)
+        low, high = value - np.hypot(value - low, reach), value + np.hypot(high - value, reach)
+    return np.stack([value, low, high, spread], axis=1)
 
 
 def drops(clean: np.ndarray, ablated: np.ndarray) -> np.ndarray:
@@ -222,42 +251,54 @@ def _p(entry: Entry, by_seed: Mapping[Entry, np.ndarray]) -> list[float | None]:
 
 
 class _Course:
-    """Sums over checkpoints of one drop, sample and draws, from which its mean and slope follow.
+    """Sums over checkpoints of one drop, sample, draws and seeds, from which its mean and slope follow.
 
     Per metric, as one may have a value at a step where another has none; draws without a value make the sums of that
     draw NaN, which leaves it out of the interval.
     """
 
-    def __init__(self, shape: tuple[int, int]) -> None:
+    def __init__(self, first: _Result) -> None:
+        self._draws, self._seeds = len(first.drop), first.seeds
+        shape = self._draws + self._seeds, len(METRICS)
         self._all, self._dated = _Sums(shape), _Sums(shape)
 
-    def add(self, step: int | None, drop: np.ndarray) -> None:
+    def add(self, step: int | None, result: _Result) -> None:
+        if result.seeds != self._seeds:
+            site, size, _, control, _ = result.entry
+            what = (
+                f"step {step_name(step)}: {site} {size} (control {control}) has {result.seeds} seeds, not {self._seeds}"
+            )
+            raise RobustnessError(f"{what}; delete ablations.parquet of this step and run again")
+        drop = np.concatenate([result.drop, result.by_seed])
         self._all.add(0.0, drop)
         if step:
             self._dated.add(np.log10(step), drop)
 
-    def summaries(self) -> Iterator[tuple[str, str, tuple]]:
-        """(metric, statistic, (value, low, high, checkpoints used, checkpoints without a value))."""
-        for statistic, sums, found in (
-            ("mean", self._all, self._all.mean()),
-            ("slope", self._dated, self._dated.slope()),
+    def summaries(self, steps: int, dated: int) -> Iterator[tuple[str, str, tuple]]:
+        """(metric, statistic, (value, low, high, spread, checkpoints used, checkpoints without a value)).
+
+        ``steps``: how many there are in all, ``dated``: how many are not step 0.
+        """
+        for statistic, sums, found, asked in (
+            ("mean", self._all, self._all.mean(), steps),
+            ("slope", self._dated, self._dated.slope(), dated),
         ):
-            ends = np.stack([found[0], *percentiles(found[1:])], axis=1)
+            estimates = _estimates(found[0], *percentiles(found[1 : self._draws]), found[self._draws :])
             for m, metric in enumerate(METRICS):
-                yield metric, statistic, (*map(_number, ends[m]), int(sums.used[m]), int(sums.unavailable[m]))
+                used = int(sums.used[m])
+                yield metric, statistic, (*map(tables.number, estimates[m]), used, asked - used)
 
 
 class _Sums:
     """Sums of x, x^2 [metrics], y and x y [1 + draws, metrics] over the checkpoints with a y."""
 
     def __init__(self, shape: tuple[int, int]) -> None:
-        self.used, self.unavailable, self._x, self._xx = np.zeros((4, shape[1]))
+        self.used, self._x, self._xx = np.zeros((3, shape[1]))
         self._y, self._xy = np.zeros((2, *shape))
 
     def add(self, x: float, y: np.ndarray) -> None:
         there = ~np.isnan(y[0])
         self.used += there
-        self.unavailable += ~there
         self._x += x * there
         self._xx += x * x * there
         self._y[:, there] += y[:, there]
@@ -298,8 +339,8 @@ def score_faithfulness(checkpoints: Iterable[Checkpoint], prompts: pl.DataFrame,
             for name, score in zip((*SCORES, "random"), scores, strict=True):
                 rho = _pearson(effect, score)
                 ends = _chance(rho) if name == "random" else _fisher_interval(rho, enough)
-                rows.append((step, tokens, kind, name, *map(_number, ends), int(chosen.sum())))
-    return _table("score_faithfulness", rows)
+                rows.append((step, tokens, kind, name, *map(tables.number, ends), int(chosen.sum())))
+    return tables.of_rows(rows, "score_faithfulness")
 
 
 def _chance(rho: np.ndarray) -> tuple[float, float, float]:
@@ -347,15 +388,3 @@ def _pearson(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x, y = (np.nan_to_num(one - np.nansum(one, axis=-1, keepdims=True) / there) for one in (x, y))
     size = np.sqrt((x * x).sum(axis=-1) * (y * y).sum(axis=-1))
     return np.divide((x * y).sum(axis=-1), size, out=np.full(size.shape, np.nan), where=size > 0)
-
-
-def _number(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
-
-
-def _name(step: int | None) -> str:
-    return "main" if step is None else str(step)
-
-
-def _table(name: str, rows: list[tuple]) -> pl.DataFrame:
-    return tables.check(pl.DataFrame(rows, schema=dict(tables.SCHEMAS[name].columns), orient="row"), name)

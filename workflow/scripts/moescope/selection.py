@@ -2,7 +2,8 @@
 
 A set is tested where it was selected (``fold`` null, all prompts: optimistic, as published) and where it was not (fold
 0 or 1: selected on the subject groups of the other fold). Random controls are of equal size; matched controls are of
-equal size, layer, kind, activity and strength, so that what is left of a difference is the selection's own.
+equal size, layer, kind and deciles of activity and strength, and of these the nearest in strength. A selection lies in
+the tail of its decile, where there are no others: it stays the stronger one, and by how much is reported.
 """
 
 from __future__ import annotations
@@ -60,8 +61,9 @@ class Plan:
     """Interventions on a checkpoint.
 
     ``index``: per site what its units are (``layer head``; ``layer kind expert neuron``), a row each. ``matched``: per
-    matched control of neurons the share of them that has exactly the layer, kind and deciles asked for. ``left_out``:
-    what could not be had, and why.
+    matched control of neurons ``share``, how many of them have exactly the layer, kind and deciles asked for, and
+    ``magnitude_ratio``, the mean |coefficient| |value| of the selection over that of the control (None where a control
+    never writes). ``left_out``: what could not be had, and why.
     """
 
     index: dict[str, pl.DataFrame]
@@ -125,37 +127,48 @@ def deciles(values: np.ndarray, within: np.ndarray) -> np.ndarray:
 
 
 def matched_units(
-    units: np.ndarray, stratum: np.ndarray, cells: np.ndarray, random: np.random.Generator
+    units: np.ndarray, stratum: np.ndarray, cells: np.ndarray, magnitude: np.ndarray, random: np.random.Generator
 ) -> tuple[np.ndarray, float] | None:
     """As many units outside a set, each of the same stratum and, as far as there are any, of the same cell.
 
-    ``stratum`` [N] is never left; ``cells`` [N, 2] are deciles. What a cell lacks comes from the nearest ones: the
-    smallest sum of the two differences of deciles, drawn at random among equals. Returns the units, ascending, and the
-    share that is exactly matched; None where a stratum has too few others.
+    ``stratum`` [N] is never left; ``cells`` [N, 2] are deciles. The n that stand for n of a cell are drawn at random
+    among the 2n whose ``magnitude`` [N] is nearest to the mean of those n. What a cell lacks comes from the nearest
+    ones, by the sum of the two differences of deciles, drawn likewise among equals. Returns the units, ascending, and
+    the share that is exactly matched; None where a stratum has too few others.
     """
-    chosen = np.zeros(len(stratum), dtype=bool)
-    chosen[units] = True
-    inside, outside = (np.bincount(stratum[these], minlength=stratum.max() + 1) for these in (chosen, ~chosen))
+    taken = np.zeros(len(stratum), dtype=bool)
+    taken[units] = True
+    inside, outside = (np.bincount(stratum[these], minlength=stratum.max() + 1) for these in (taken, ~taken))
     if (inside > outside).any():
         return None
     cell = (stratum * DECILES + cells[:, 0]) * DECILES + cells[:, 1]
     needed = np.bincount(cell[units], minlength=cell.max() + 1)
-    free = random.permutation(np.flatnonzero(~chosen))
-    alike = free[needed[cell[free]] > 0]
+    mean = np.bincount(cell[units], weights=magnitude[units], minlength=len(needed)) / np.maximum(needed, 1)
+    alike = np.flatnonzero(~taken & (needed[cell] > 0))
     alike = alike[np.argsort(cell[alike], kind="stable")]
-    place_in_cell = np.arange(len(alike)) - np.searchsorted(cell[alike], cell[alike])
-    exact = alike[place_in_cell < needed[cell[alike]]]
-    taken = chosen
-    taken[exact] = True
-    lacking = needed - np.bincount(cell[exact], minlength=len(needed))
-    nearest = []
-    for one in np.flatnonzero(lacking):
-        others = free[~taken[free] & (stratum[free] == one // DECILES**2)]
-        place = np.array([one // DECILES % DECILES, one % DECILES])
-        order = np.argsort(np.abs(cells[others] - place).sum(1), kind="stable")[: lacking[one]]
-        taken[others[order]] = True
-        nearest.append(others[order])
-    return np.sort(np.concatenate([exact, *nearest])), len(exact) / len(units)
+    where, found, exact = cell[alike], [], 0
+    for one in np.flatnonzero(needed):
+        others = alike[slice(*np.searchsorted(where, [one, one + 1]))]
+        found.append(_nearest(others, np.abs(magnitude[others] - mean[one]), needed[one], random))
+        taken[found[-1]] = True
+        needed[one] -= len(found[-1])
+        exact += len(found[-1])
+    for one in np.flatnonzero(needed):
+        others = np.flatnonzero(~taken & (stratum == one // DECILES**2))
+        apart = np.abs(cells[others] - (one // DECILES % DECILES, one % DECILES)).sum(1)
+        farthest = np.sort(apart)[needed[one] - 1]
+        found.append(others[apart < farthest])
+        last = others[apart == farthest]
+        off = np.abs(magnitude[last] - mean[one])
+        found.append(_nearest(last, off, needed[one] - len(found[-1]), random))
+        taken[np.concatenate(found[-2:])] = True
+    return np.sort(np.concatenate(found)), exact / len(units)
+
+
+def _nearest(others: np.ndarray, off: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
+    """``number`` at random of the twice as many ``others`` that are least ``off`` (equals: at random); all if fewer."""
+    order = np.lexsort((random.random(len(others)), off))
+    return random.permutation(others[order[: 2 * number]])[:number]
 
 
 def sample(neurons: pl.DataFrame, count: int, seed: int = 0) -> pl.DataFrame:
@@ -184,7 +197,8 @@ class _Heads:
         heads = heads.sort("layer", "head", "prompt_id")
         self.index = heads.select("layer", "head").unique(maintain_order=True)
         self.stratum = self.index["layer"].to_numpy()
-        self.cells = np.zeros((len(self.index), 2), dtype=np.int64)  # nothing but the layer is matched
+        # nothing but the layer is matched
+        self.cells, self.magnitude = np.zeros((len(self.index), 2), dtype=np.int64), np.zeros(len(self.index))
         self.prompts = prompts.sort("prompt_id")
         known = heads["prompt_id"].unique().sort()
         if not known.equals(self.prompts["prompt_id"], check_names=False):
@@ -215,8 +229,8 @@ class _Neurons:
             raise SelectionError("ffn_groups: these are not the neurons of ffn_neurons; score the checkpoint again")
         kind = self.index["kind"].rank("dense").cast(pl.Int64).to_numpy() - 1
         self.stratum = self.index["layer"].to_numpy().astype(np.int64) * (kind.max() + 1) + kind
-        measures = (self.table[name].to_numpy() for name in ("active", "magnitude"))
-        self.cells = np.stack([deciles(values, self.stratum) for values in measures], 1)
+        active, self.magnitude = (self.table[name].cast(pl.Float64).to_numpy() for name in ("active", "magnitude"))
+        self.cells = np.stack([deciles(values, self.stratum) for values in (active, self.magnitude)], 1)
 
     def in_sample(self) -> np.ndarray:
         return self.table["importance"].to_numpy()
@@ -266,16 +280,19 @@ def _select(
     none = ((fold, None, units, tested) for fold, units, tested in selections)
     found.interventions += (Intervention(site.name, size, ranking, "none", *rest) for rest in none)
     crossfitted = [s for s in selections if s[0] is not None]
-    controls, shares = [], []
+    controls, matched = [], []
     for (fold, units, tested), k in itertools.product(crossfitted or selections, range(seeds)):
-        control = matched_units(units, site.stratum, site.cells, _generator(seed, site, count, "matched", fold, k))
+        random = _generator(seed, site, count, "matched", fold, k)
+        control = matched_units(units, site.stratum, site.cells, site.magnitude, random)
         if control is None:  # all or nothing: a control of some prompts compares with no selection
             found.leave_out(f"{site.name} {size}, {ranking}, matched control: too few others in a layer")
             return
         controls.append(Intervention(site.name, size, ranking, "matched", fold, k, control[0], tested))
-        shares.append({"size": size, "ranking": ranking, "fold": fold, "seed": k, "share": control[1]})
+        ours, theirs = (site.magnitude[these].mean() for these in (units, control[0]))
+        how = {"share": control[1], "magnitude_ratio": float(ours / theirs) if theirs else None}
+        matched.append({"size": size, "ranking": ranking, "fold": fold, "seed": k, **how})
     found.interventions += controls
-    found.matched += shares if site.name == "ffn_neuron" else []
+    found.matched += matched if site.name == "ffn_neuron" else []
 
 
 def _scores(

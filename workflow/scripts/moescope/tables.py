@@ -7,7 +7,9 @@ sorted by the key, which is unique; scores are Float32; nothing depends on time,
 from __future__ import annotations
 
 import fnmatch
+import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -244,23 +246,24 @@ SCHEMAS: dict[str, Schema] = {
             **_ABLATED,
             **dict.fromkeys(("clean", "ablated"), pl.Float64),
             **_INTERVAL,
-            **dict.fromkeys(("removed", "p"), pl.Float64),
+            **dict.fromkeys(("spread", "removed", "p"), pl.Float64),
             **dict.fromkeys(("units", "prompts", "seeds"), COUNT),
             "degenerate": FLAG,
         },
         key=("step", *_ABLATED),
-        nullable=_NO_INTERVAL | {"tokens", "ranking", "name", "removed", "p"},
+        nullable=_NO_INTERVAL | {"tokens", "ranking", "name", "spread", "removed", "p"},
     ),
     "robustness_summary": Schema(
         {
             **_ABLATED,
             "statistic": TEXT,
             **_INTERVAL,
+            "spread": pl.Float64,
             **dict.fromkeys(("checkpoints", "unavailable"), COUNT),
             "degenerate": FLAG,
         },
         key=(*_ABLATED, "statistic"),
-        nullable=_NO_INTERVAL | {"ranking", "name"},
+        nullable=_NO_INTERVAL | {"ranking", "name", "spread"},
     ),
     "score_faithfulness": Schema(
         {"step": COUNT, "tokens": COUNT, "kind": TEXT, "score": TEXT, **_INTERVAL, "neurons": COUNT},
@@ -272,6 +275,7 @@ SCHEMAS: dict[str, Schema] = {
         {
             **dict.fromkeys(("moe", "dense", "claim", "test"), TEXT),
             **{f"{one}_{end}": pl.Float64 for one in ("moe", "dense", "difference") for end in _INTERVAL},
+            "pairs": COUNT,
             "exceeds": FLAG,
         },
         key=("moe", "dense", "claim", "test"),
@@ -338,6 +342,16 @@ def check(frame: pl.DataFrame, name: str) -> pl.DataFrame:
 def _cut_by_casting(values: pl.Series) -> bool:
     """Whether a cast to integers would drop a fraction, which polars does without a word."""
     return values.dtype.is_float() and bool((values.is_finite() & (values != values.floor())).any())
+
+
+def of_rows(rows: Sequence[tuple], name: str) -> pl.DataFrame:
+    """The table of rows whose values stand in the order of its columns, checked; there may be none."""
+    return check(pl.DataFrame(rows, schema=dict(SCHEMAS[name].columns), orient="row"), name)
+
+
+def number(value: float) -> float | None:
+    """A number for a column that may hold nulls: null where it is NaN or infinite, that is not available."""
+    return float(value) if math.isfinite(value) else None
 
 
 def write(frame: pl.DataFrame, path: str | os.PathLike) -> None:
