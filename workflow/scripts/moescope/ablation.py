@@ -1,13 +1,15 @@
 """One loaded model, its scores and the prompts -> what breaks when heads and neurons are taken away.
 
-Sets that several interventions have in common run once, on the prompts that any of them is tested on; what lies before
-the first layer of a set is taken from one clean pass.
+Sets that several interventions have in common run once, on the prompts that any of them is tested on. What lies before
+the first layer of a set is taken from one clean pass; so is that layer, where its feed-forward neurons are all that is
+taken away: what they wrote comes off the stream.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,7 +21,7 @@ from tqdm import tqdm
 
 from moescope import interventions, replay, selection, tables
 from moescope.clean import BATCH_TOKENS, CleanRun
-from moescope.decomposition import routed_rows
+from moescope.decomposition import Decomposition, LayerTrace
 from moescope.errors import MoescopeError
 from moescope.interventions import Target
 from moescope.precision import computing_in_float32
@@ -69,10 +71,10 @@ def ablate_run(
 ) -> tuple[pl.DataFrame, dict]:
     """The same from a clean run, within ``computing_in_float32``; with a report.
 
-    The report: ``interventions`` asked for, ``sets`` run, ``passes`` over all prompts they came to, ``matched`` (the
-    share of the matched neurons that has exactly the deciles asked for, per size and ranking), ``left_out`` (what was
-    not available), ``replay_error`` (nats) and ``ablation_seconds``. Raises AblationError where a replay of the clean
-    run does not give its log-probabilities.
+    The report: ``interventions`` asked for, ``sets`` run, ``passes`` over all prompts they came to, ``matched`` (per
+    size and ranking the ``share`` of matched neurons that has exactly the deciles asked for, and the ``magnitude_ratio``
+    of the selected to them), ``left_out`` (what was not available), ``replay_error`` (nats) and ``ablation_seconds``.
+    Raises AblationError where a replay of the clean run does not give its log-probabilities.
     """
     start = time.perf_counter()
     plan = selection.plan(frames, run.prompts, rankings, seeds, seed)
@@ -82,10 +84,11 @@ def ablate_run(
         replayed = _Replayed(run, distinct)
         error = replayed.error()
         removed = _Removed(run)
-        for one in tqdm(sorted(sets, key=lambda s: s.first_layer), desc="ablating", unit="set", disable=not progress):
-            replayed.start_at(one.first_layer)
+        for one in tqdm(sorted(sets, key=lambda s: s.start), desc="ablating", unit="set", disable=not progress):
+            replayed.start_at(one.start)
+            stream = replayed.without(one.targets)
             with interventions.zeroed(run.decomposition, one.targets):
-                log_prob, rank = replayed.run(one.prompts)
+                log_prob, rank = replayed.run(one.prompts, stream)
             share = removed.share(one.targets)
             rows += (_rows(run, which, log_prob, rank, share) for which in one.interventions)
     report = {
@@ -102,15 +105,13 @@ def ablate_run(
 
 @dataclass
 class _Set:
-    """Units that are taken away together, the prompts [P] that this is to be run on, and what it stands for."""
+    """Units that are taken away together, the layer that their runs ``start`` at, the prompts [P] that this is run on,
+    and what it stands for."""
 
     targets: list[Target]
+    start: int
     prompts: np.ndarray
     interventions: list[selection.Intervention] = field(default_factory=list)
-
-    @property
-    def first_layer(self) -> int:
-        return min(target.layer for target in self.targets)
 
 
 def _distinct(run: CleanRun, plan: selection.Plan) -> list[_Set]:
@@ -119,7 +120,7 @@ def _distinct(run: CleanRun, plan: selection.Plan) -> list[_Set]:
         key = which.site, which.units.tobytes()
         if key not in found:
             targets = _targets(run, plan.index[which.site][which.units])
-            found[key] = _Set(targets, np.zeros(len(run.prompts), dtype=bool))
+            found[key] = _Set(targets, _start(run.decomposition, targets), np.zeros(len(run.prompts), dtype=bool))
         found[key].prompts[which.prompts] = True
         found[key].interventions.append(which)
     return list(found.values())
@@ -132,6 +133,13 @@ def _targets(run: CleanRun, units: pl.DataFrame) -> list[Target]:
     return [Target(layer, kind, neurons, expert) for layer, kind, expert, neurons in sites.rows()]
 
 
+def _start(decomposition: Decomposition, targets: list[Target]) -> int:
+    """The first layer that has to run: the first one touched, or, as feed-forward neurons write what they write
+    whatever the others of their layer do, the one after it (at most the last, whose stream is not whole)."""
+    first = min(target.layer for target in targets)
+    return first if targets[0].kind == "attn" else min(first + 1, len(decomposition.layers) - 1)
+
+
 class _Replayed:
     """The prompts, run from a given layer on with what the clean run put there."""
 
@@ -140,30 +148,41 @@ class _Replayed:
         model, device = run.model, run.decomposition.device
         upcast = any(p.dtype != torch.float32 for p in model.parameters())  # which every batch pays for
         self.tokens = BATCH_TOKENS if upcast or device.type != "cpu" else _CACHED_TOKENS
-        self.layer, self.hidden = 0, [None] * len(self.groups)
+        self.prefixes = 1 + max(int(group.prefixes.max()) for group in self.groups)
+        self.layer, self.before = 0, LayerTrace()  # the layer to start at; what the one before it did, per prefix
 
     def start_at(self, layer: int) -> None:
         """Go on to a later layer: one clean pass in all, whatever the number of stops."""
         if layer == self.layer:
             return
-        decomposition = self.clean.decomposition
-        for i, group in enumerate(self.groups):
-            parts = []
+        decomposition, before = self.clean.decomposition, LayerTrace()
+        for group in self.groups:
             for part in self._parts(group, torch.arange(len(group.rows), device=group.rows.device)):
-                with self._resumed(i, part):
-                    parts.append(replay.hidden_at(decomposition, layer, group.ids[part]))
-            self.hidden[i] = torch.cat(parts)
-        self.layer = layer
+                prefixes = group.prefixes[part]
+                resumed = self._resumed(prefixes, self.before.residual_out)
+                with resumed, replay.recording(decomposition, layer - 1) as did:
+                    hidden = replay.hidden_at(decomposition, layer, group.ids[part])
+                first = self.distinct.first
+                did.residual_out, did.gates = hidden.flatten(0, 1)[first], {}
+                before.scatter(prefixes.flatten()[first], self.prefixes, did)
+        self.layer, self.before = layer, before
 
-    def run(self, prompts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """log p(target) and rank of the prompts named in a mask [P]; what is not asked for is NaN and 0."""
+    def without(self, targets: list[Target]) -> Tensor | None:
+        """The stream at every prefix, less what those of the targets that lie before it wrote: [prefixes, d]."""
+        passed = [target for target in targets if target.layer < self.layer]
+        stream = self.before.residual_out
+        return stream - _written(self.clean.decomposition, self.before, passed) if passed else stream
+
+    def run(self, prompts: np.ndarray, stream: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+        """log p(target) and rank of the prompts named in a mask [P], the stream being as given (None: not begun); what
+        is not asked for is NaN and 0."""
         device, target = self.clean.decomposition.device, self.clean.target
         asked = torch.from_numpy(prompts).to(device)
         log_prob = torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=device)
         rank = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        for i, group in enumerate(self.groups):
+        for group in self.groups:
             for part in self._parts(group, asked[group.rows].nonzero()[:, 0]):
-                with self._resumed(i, part):
+                with self._resumed(group.prefixes[part], stream):
                     logits = replay.last_logits(self.clean.model, group.ids[part])
                 some = group.rows[part]
                 its = target[some]
@@ -174,7 +193,7 @@ class _Replayed:
     def error(self) -> float:
         """Largest difference of the clean run's log-probabilities here and in the whole pass, in nats."""
         logits, target = self.clean.trace.logits, self.clean.target
-        found, _ = self.run(np.ones(len(target), dtype=bool))
+        found, _ = self.run(np.ones(len(target), dtype=bool), None)
         error = float(np.abs(found - replay.log_prob(logits, target).cpu().numpy()).max())
         if not error <= TOLERANCE:
             name = type(self.clean.model).__name__
@@ -187,11 +206,11 @@ class _Replayed:
     def _parts(self, group: replay.Group, prompts: Tensor) -> tuple[Tensor, ...]:
         return prompts.split(max(1, self.tokens // group.ids.shape[1])) if len(prompts) else ()
 
-    def _resumed(self, group: int, part: Tensor) -> contextlib.AbstractContextManager:
-        self.distinct.of(self.groups[group].prefixes[part])
-        if self.layer == 0:
+    def _resumed(self, prefixes: Tensor, stream: Tensor | None) -> contextlib.AbstractContextManager:
+        self.distinct.of(prefixes)
+        if stream is None:
             return contextlib.nullcontext()
-        return replay.from_layer(self.clean.decomposition, self.layer, self.hidden[group][part])
+        return replay.from_layer(self.clean.decomposition, self.layer, stream[prefixes])
 
 
 class _Removed:
@@ -206,31 +225,32 @@ class _Removed:
             if (sites := decomposition.at(layer, *_FFN_KINDS))
         )
         self.whole = sum(whole)
-        self.routed = {
-            layer: {expert: (rows, slots) for expert, rows, slots in routed_rows(record.index)}
-            for layer, record in enumerate(run.trace.layers)
-            if record.index is not None
-        }
 
     def share(self, targets: list[Target]) -> np.ndarray | None:
         """Sum over layers of |what the targets write|^2 / sum over layers of |F|^2: [P]; None for heads."""
         if targets[0].kind == "attn":
             return None
-        written: dict[int, Tensor] = {}
+        layers = defaultdict(list)
         for target in targets:
-            site = target.site(self.trace.decomposition)
-            coefficients = self.trace.layers[target.layer].coefficients[site.name]
-            total = written.setdefault(target.layer, torch.zeros_like(self.trace.final))
-            neurons = torch.as_tensor(target.neurons, device=total.device)
-            values = site._stored(target.expert).detach()[neurons].float()
-            if target.kind == "routed":
-                if target.expert in self.routed[target.layer]:
-                    rows, slots = self.routed[target.layer][target.expert]
-                    total.index_add_(0, rows, coefficients[rows, slots][:, neurons] @ values)
-            else:
-                total += coefficients[:, neurons] @ values
-        removed = sum(total.double().square().sum(1) for total in written.values())
-        return (removed / self.whole).cpu().numpy()
+            layers[target.layer].append(target)
+        written = (_written(self.trace.decomposition, self.trace.layers[i], layers[i]) for i in layers)
+        return (sum(total.double().square().sum(1) for total in written) / self.whole).cpu().numpy()
+
+
+def _written(decomposition: Decomposition, record: LayerTrace, targets: list[Target]) -> Tensor:
+    """What feed-forward neurons of one layer write at the positions of its record: [n, d]."""
+    total = torch.zeros_like(record.residual_out)
+    for target in targets:
+        site = target.site(decomposition)
+        neurons = torch.as_tensor(target.neurons, device=total.device)
+        values = site.stored(target.expert).detach()[neurons].float()
+        coefficients = record.coefficients[site.name]
+        if target.kind == "routed":
+            rows, slots = torch.where(record.index == target.expert)
+            total.index_add_(0, rows, coefficients[rows, slots][:, neurons] @ values)
+        else:
+            total += coefficients[:, neurons] @ values
+    return total
 
 
 def _clean_rows(run: CleanRun) -> pl.DataFrame:
@@ -258,8 +278,9 @@ def _rows(
     ).with_columns(pl.lit(getattr(which, name), types.get(name, tables.TEXT)).alias(name) for name in names)
 
 
-def _matched(plan: selection.Plan) -> dict[str, float]:
+def _matched(plan: selection.Plan) -> dict[str, dict[str, float | None]]:
     if not plan.matched:
         return {}
-    means = pl.DataFrame(plan.matched).group_by("size", "ranking").agg(pl.col("share").mean()).sort("size", "ranking")
-    return {f"{size} {ranking}": share for size, ranking, share in means.rows()}
+    measures = pl.col("share", "magnitude_ratio").mean()
+    means = pl.DataFrame(plan.matched).group_by("size", "ranking").agg(measures).sort("size", "ranking")
+    return {f"{size} {ranking}": {"share": s, "magnitude_ratio": m} for size, ranking, s, m in means.rows()}

@@ -81,9 +81,10 @@ class Site:
     @property
     def neurons(self) -> int:
         """Neurons of the site (of one expert)."""
-        return self._stored(0).shape[0]
+        return self.stored(0).shape[0]
 
-    def _stored(self, expert: int | None) -> Tensor:
+    def stored(self, expert: int | None) -> Tensor:
+        """The values as the model holds them, a view of its weight whatever its layout: [neurons, hidden]."""
         if self.kind == "routed":
             weight = self.module.down_proj[expert]
             return weight if self.module.is_transposed else weight.T
@@ -92,7 +93,7 @@ class Site:
 
     def values(self, expert: int | None = None) -> Tensor:
         """What each neuron writes per unit of coefficient: float32 [neurons, hidden]."""
-        return self._stored(expert).detach().float()
+        return self.stored(expert).detach().float()
 
     def bias(self, expert: int | None = None) -> Tensor | None:
         """What the site (the expert) writes whatever its neurons do: float32 [hidden], or None."""

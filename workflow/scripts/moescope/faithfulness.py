@@ -78,7 +78,7 @@ def _pairs(run: CleanRun, chosen: pl.DataFrame) -> _Pairs:
             prompts, slots = torch.where(record.index == expert)
             coefficients = coefficients[prompts, slots]
         coefficients = coefficients[:, neurons]
-        value = site._stored(expert).detach()[neurons].float()
+        value = site.stored(expert).detach()[neurons].float()
         base = run.readout.base(record.bases[site.branch]).rows(prompts)
         scores = lpi.of_neurons(lpi.Projection(run.readout.unembedding, value), coefficients, base, lpi.Certificate())
         neuron = torch.tensor(numbers, device=prompts.device).expand(len(prompts), -1)

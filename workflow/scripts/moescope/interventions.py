@@ -79,7 +79,7 @@ def zeroed(decomposition: Decomposition, targets: Iterable[Target]) -> Iterator[
         raise InterventionError("nothing to zero: no target is named; name one at least")
     with contextlib.ExitStack() as restoring:  # the last one changed comes back first, should two targets overlap
         for target, site in chosen:
-            rows = site._stored(target.expert).detach()  # a view of the parameter itself: [neurons, hidden]
+            rows = site.stored(target.expert).detach()  # a view of the parameter itself: [neurons, hidden]
             index = torch.as_tensor(list(target.neurons), device=rows.device)
             restoring.callback(rows.index_copy_, 0, index, rows[index])
             rows[index] = 0

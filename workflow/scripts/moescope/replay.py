@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from moescope.clean import CleanRun
-from moescope.decomposition import Decomposition
+from moescope.decomposition import Decomposition, LayerTrace, Site, routed_coefficients
 
 
 class _Stream:
@@ -87,6 +87,33 @@ def hidden_at(decomposition: Decomposition, layer: int, ids: Tensor) -> Tensor:
     with _skipping(decomposition, range(layer, len(decomposition.layers)), stream):
         last_logits(decomposition.model, ids)
     return stream.hidden
+
+
+@contextlib.contextmanager
+def recording(decomposition: Decomposition, layer: int) -> Iterator[LayerTrace]:
+    """The record of a layer's feed-forward neurons at all n positions they run for within the context: ``coefficients``
+    and ``index`` alone."""
+    record = LayerTrace()
+
+    def linear(site: Site, args: tuple) -> None:
+        record.coefficients[site.name] = args[0].flatten(0, -2)
+
+    def gate(site: Site, output: Tensor) -> None:
+        record.gates[site.name] = output.sigmoid().flatten(0, -2)
+
+    def experts(site: Site, args: tuple) -> None:
+        hidden, record.index, weight = args
+        record.coefficients[site.name] = routed_coefficients(site.module, hidden, record.index, weight)
+
+    with contextlib.ExitStack() as hooks:
+        for site in decomposition.at(layer, "dense", "shared", "routed"):
+            before = experts if site.kind == "routed" else linear
+            hooks.callback(site.module.register_forward_pre_hook(lambda m, a, s=site, f=before: f(s, a)).remove)
+            if site.gate is not None:
+                hooks.callback(site.gate.register_forward_hook(lambda m, a, out, s=site: gate(s, out)).remove)
+        yield record
+    for name, scale in record.gates.items():
+        record.coefficients[name] = record.coefficients[name] * scale
 
 
 def last_logits(model: nn.Module, ids: Tensor, **cache: object) -> Tensor:
