@@ -4,7 +4,25 @@ import itertools
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
+
+
+def laid_out(figure):
+    """The figure with everything where it will be drawn, not drawn yet."""
+    FigureCanvasAgg(figure)
+    figure.draw_without_rendering()
+    return figure
+
+
+def panels(figure):
+    """All panels, without the scales of colours beside them."""
+    return [axes for axes in figure.axes if axes.get_label() != "<colorbar>"]
+
+
+def said(figure):
+    """All that is written, in one line."""
+    return " ".join(" ".join(text.split()) for text, _ in texts(figure))
 
 
 def parts(figure):
@@ -57,6 +75,31 @@ def assert_clear_of_data(figure):
         assert min(width, height) < 1, axes.get_title(loc="left")
 
 
+def assert_no_panel_is_empty(figure):
+    """Every panel shows something and has room for it."""
+    for axes in panels(figure):
+        shown = any(line.get_label()[0] != "_" and np.isfinite(line.get_ydata()).any() for line in axes.lines)
+        assert shown or axes.images or axes.collections
+        inches = axes.get_window_extent().transformed(axes.get_figure(root=True).dpi_scale_trans.inverted())
+        assert inches.width > 1.0
+        assert inches.height > 0.8
+
+
+def assert_named(figure, name):
+    """The titles name the series and the axes their units."""
+    assert name in "".join(part._suptitle.get_text() for part in parts(figure) if part._suptitle).replace("\n", "")
+    below = {axes.get_xlabel() for axes in panels(figure)}
+    assert any(unit in label for label in below for unit in ("step", "tokens", "%", "HIT@10", "nats"))
+
+
+def assert_presentable(figure, name):
+    """Nothing collides or leaves the page, no panel is empty or squeezed, titles and axes say what is shown."""
+    assert_legible(figure)
+    assert_clear_of_data(figure)
+    assert_no_panel_is_empty(figure)
+    assert_named(figure, name)
+
+
 def lines(axes, label):
     """(x, y, colour) of the curve whose legend entry begins with the label."""
     (line,) = [line for line in axes.lines if line.get_label().startswith(label)]
@@ -83,6 +126,13 @@ def assert_curve(axes, label, rows, over="step"):
     assert y == pytest.approx(rows["value"].to_numpy())
     wanted = {x: pytest.approx(ends) for x, *ends in rows.select(over, "low", "high").iter_rows()}
     assert wanted in bands(axes, colour)
+
+
+def bars(axes):
+    """(x, low, high) of all vertical intervals."""
+    lines = [collection for collection in axes.collections if hasattr(collection, "get_segments")]
+    ends = [segment for collection in lines for segment in collection.get_segments()]
+    return {(round(s[0, 0], 9), round(s[0, 1], 9), round(s[1, 1], 9)) for s in ends}
 
 
 def segments(axes):

@@ -1,4 +1,4 @@
-"""What the figures share: one style, colours, axes of training steps, bands, legends, titles, saving.
+"""What the figures share: one style, colours, curves, axes, references, legends, titles, numbers in words, saving.
 
 Every figure is drawn by the object interface under one fixed style, so nothing depends on a user's matplotlibrc or on
 what was drawn before. Colours are those of Okabe and Ito (distinct to colour-blind readers); groups that have an order
@@ -11,7 +11,7 @@ import functools
 import math
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,6 @@ from matplotlib import style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import FixedLocator, MaxNLocator, MultipleLocator, NullLocator
-from matplotlib.transforms import ScaledTranslation
 
 from moescope import files
 from moescope.errors import MoescopeError
@@ -38,9 +37,11 @@ TOKEN_UNITS = ((1e12, "trillions"), (1e9, "billions"), (1e6, "millions"), (1e3, 
 MARKED_POINTS = 40
 WIDTH = 7.2  # inches, the text width of a page
 DPI = 200
-#: Characters of the small print that fit on a line of the page.
-LINE = 112
-COMPONENTS = {"attn": ("attention", BLUE, "o"), "ffn": ("FFN", VERMILLION, "s")}
+#: Characters of a legend, and of small print, that fit on a line of the page.
+LINE, PROSE = 112, 124
+PANELS = {"ffn": "FFN", "attn": "Attention"}
+#: The Jaccard overlap of two random sets of 1% each, and what a random 1% holds of any total.
+RANDOM_JACCARD, UNIFORM_SHARE = 0.01 / 1.99, 0.01
 
 STYLE = {
     "font.family": "DejaVu Sans",
@@ -92,7 +93,7 @@ def save(figure: Figure, pdf_path: str | Path, png_path: str | Path) -> None:
 
 @dataclass(frozen=True)
 class Curve:
-    """One group: rows with step, value, low and high, and how it is drawn."""
+    """One group: rows with step, value, low and high, and how it is drawn; ``shade`` is how dense its band is."""
 
     label: str
     rows: pl.DataFrame
@@ -100,25 +101,36 @@ class Curve:
     marker: str = ""
     dash: str = "-"
     width: float = 1.4
+    shade: float = 0.2
+
+    def bare(self) -> Curve:
+        """The same without intervals."""
+        nothing = [pl.lit(None, dtype=pl.Float64).alias(end) for end in ("low", "high")]
+        return replace(self, rows=self.rows.with_columns(nothing))
 
 
-def courses(
-    axes: Axes,
-    curves: Sequence[Curve],
-    label: str,
-    limits: tuple[float, float] | None = None,
-    wide: bool = False,
-    axis: str = "log",
-) -> None:
-    """Value over steps (or tokens, as ``axis`` says) with its band, and the legend below."""
-    draw_curves(axes, curves, axis)
+def present(curves: Iterable[Curve]) -> list[Curve]:
+    """The curves that have a value anywhere."""
+    return [curve for curve in curves if curve.rows["value"].is_not_null().any()]
+
+
+def course(table: pl.DataFrame, component: str, metric: str, population: str = "all") -> pl.DataFrame:
+    """One metric of ``neuron_dynamics`` over training, averaged over prompts."""
+    wanted = {"component": component, "metric": metric, "population": population, "average": "micro"}
+    return table.filter(*(pl.col(column) == value for column, value in wanted.items()))
+
+
+def needs_two(rows: pl.DataFrame, figure: str, title: str) -> None:
+    """Raises PlotError where there is no row between two checkpoints."""
+    if rows.is_empty():
+        raise PlotError(f"{figure} of {title} needs two checkpoints; add steps to the series")
+
+
+def draw_panel(axes: Axes, curves: Sequence[Curve], axis: str, title: str, wide: bool = False) -> None:
+    """Those of the curves that have a value, under a title; the x axis reaches over the rows of all."""
+    draw_curves(axes, present(curves), axis)
     course_axis(axes, curves, axis, wide)
-    axes.set_ylabel(label)
-    axes.yaxis.set_major_formatter(plain)
-    if limits:
-        axes.set_ylim(limits)
-        axes.yaxis.set_major_locator(MultipleLocator(0.2))
-    legend(axes, wide)
+    axes.set_title(title)
 
 
 def draw_curves(axes: Axes, curves: Sequence[Curve], axis: str = "log") -> None:
@@ -129,11 +141,12 @@ def draw_curves(axes: Axes, curves: Sequence[Curve], axis: str = "log") -> None:
         marker, width = (curve.marker, curve.width) if len(x) <= MARKED_POINTS else ("", 0.7 * curve.width)
         look = {"color": curve.colour, "marker": marker, "linestyle": curve.dash, "linewidth": width}
         axes.plot(x, value, label=curve.label, zorder=3, **look)
-        band(axes, x, rows, curve.colour)
+        band(axes, x, rows, curve.colour, curve.shade)
         if (alone := _alone(value)).any():
             low, high = (rows[end].to_numpy()[alone] for end in ("low", "high"))
             axes.vlines(x[alone], low, high, color=curve.colour, linewidth=curve.width)
             axes.plot(x[alone], value[alone], color=curve.colour, marker=curve.marker or "o", linestyle="", zorder=3)
+    axes.yaxis.set_major_formatter(plain)
 
 
 def _alone(values: np.ndarray) -> np.ndarray:
@@ -199,10 +212,41 @@ def points(
         axes.xaxis.set_major_locator(MultipleLocator(0.2))
 
 
-def band(axes: Axes, x: np.ndarray, rows: pl.DataFrame, colour: str) -> None:
+def band(axes: Axes, x: np.ndarray, rows: pl.DataFrame, colour: str, shade: float = 0.2) -> None:
     low, high = rows["low"].to_numpy(), rows["high"].to_numpy()
     if not np.isnan(low).all():
-        axes.fill_between(x, low, high, color=colour, alpha=0.2, linewidth=0, zorder=1)
+        axes.fill_between(x, low, high, color=colour, alpha=shade, linewidth=0, zorder=1)
+
+
+def reference(axes: Axes, value: float, label: str | None = None) -> None:
+    """A dotted line at a value that means nothing, chance, or no change."""
+    axes.axhline(value, color=GREY, linewidth=0.8, linestyle=(0, (1, 1)), zorder=0, label=label)
+
+
+def from_zero(axes: Axes) -> None:
+    """The range of a share: from a little below zero, so that a line near it is seen, to 1 at most (bands reach on)."""
+    top = min(axes.get_ylim()[1], 1.03)
+    axes.set_ylim(-0.03 * top, top)
+
+
+def correlation_axes(panels: Sequence[Axes]) -> None:
+    """Panels with one scale, from below the smallest value to 1, stretched towards 1, where correlations crowd."""
+    low = min(float(np.nanmin(line.get_ydata())) for axes in panels for line in axes.lines)
+    for axes in panels:
+        axes.set_yscale("function", functions=(stretch, unstretch))
+        axes.yaxis.set_major_locator(FixedLocator([-1, 0, 0.5, 0.8, 0.9, 0.95, 0.99, 1]))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(plain)
+        axes.set_ylim(unstretch(stretch(min(0.8, low)) - 0.1), 1.0002)
+
+
+def stretch(r: np.ndarray) -> np.ndarray:
+    """Near 1 every further nine takes equal room; 1 itself stays finite."""
+    return -np.log10(1.001 - np.minimum(r, 1.0005))
+
+
+def unstretch(place: np.ndarray) -> np.ndarray:
+    return 1.001 - 10.0**-place
 
 
 def step_axis(axes: Axes, steps: np.ndarray, wide: bool = False) -> None:
@@ -248,16 +292,12 @@ def plain(value: float, _: int | None = None) -> str:
     return f"{round(value, 12):g}".replace("-", "\N{MINUS SIGN}")
 
 
-def legend(axes: Axes, wide: bool) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    longest = max(len(line) for label in labels for line in label.split("\n"))
-    columns = max(1, min(len(labels), (110 if wide else 54) // (longest + 8)))
-    # below the axis label, where nothing of the data is covered; constrained layout keeps the room
-    below = axes.transAxes + ScaledTranslation(0, -0.42, axes.get_figure().dpi_scale_trans)
-    place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0, "borderpad": 0}
-    legend = axes.legend(handles, labels, ncols=columns, **place)
-    for handle in legend.legend_handles:
-        handle.set_alpha(1)  # faint lines must be found in the legend
+def estimate(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+    """A number with its interval, where there is one, as in 0.97 [0.95, 0.98]; ``sign`` "+" signs it."""
+    ends = [] if low is None else [low, high]
+    places = 3 if max(map(abs, [value, *ends])) < 0.1 else 2
+    interval = f" [{', '.join(f'{end:.{places}f}' for end in ends)}]" if ends else ""
+    return f"{value:{sign}.{places}f}{interval}".replace("-", "\N{MINUS SIGN}")
 
 
 def shared_legend(figure: Figure | SubFigure, panels: Iterable[Axes], note: str = "") -> None:
@@ -281,13 +321,7 @@ def _legend_width(labels: Sequence[str], columns: int) -> int:
 
 def filled(note: str) -> str:
     """The note in lines that fit the page, its own line breaks kept."""
-    return "\n".join(textwrap.fill(line, LINE) for line in note.splitlines())
-
-
-def trajectory(table: pl.DataFrame, name: str) -> pl.DataFrame:
-    if table.is_empty():
-        raise PlotError(f"{name} is empty: there is no checkpoint to draw")
-    return table if table["step"].is_null().all() else table.filter(pl.col("step").is_not_null())
+    return "\n".join(textwrap.fill(line, PROSE) for line in note.splitlines())
 
 
 def suptitle(figure: Figure, title: str, table: pl.DataFrame, always: bool = False) -> None:
@@ -295,9 +329,8 @@ def suptitle(figure: Figure, title: str, table: pl.DataFrame, always: bool = Fal
     steps = table["step"].unique()
     if len(steps) == 1 or always:
         title += ", main" if steps[0] is None else f", step {steps[0]:,}"
+    headline(figure, title)
+
+
+def headline(figure: Figure | SubFigure, title: str) -> None:
     figure.suptitle(textwrap.fill(title, 88), x=0.01, ha="left")
-
-
-def wrapped(name: str, width: int) -> str:
-    """A name in lines of at most ``width`` characters, its underscores read as spaces."""
-    return textwrap.fill(name.replace("_", " "), width, break_long_words=True)

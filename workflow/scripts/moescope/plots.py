@@ -7,6 +7,7 @@ A series of one checkpoint has no course to show: its values are drawn as labell
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,12 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, MultipleLocator
+from matplotlib.transforms import ScaledTranslation
 
 from moescope.drawing import (
     BLACK,
     BLUE,
-    COMPONENTS,
     DASHES,
     GREY,
     MARKERS,
@@ -32,14 +33,12 @@ from moescope.drawing import (
     Curve,
     PlotError,
     band,
-    courses,
-    legend,
+    course_axis,
+    draw_curves,
     plain,
     points,
     styled,
     suptitle,
-    trajectory,
-    wrapped,
 )
 
 PARTS = {"seen": "template seen in training", "held_out": "template held out"}
@@ -53,6 +52,9 @@ QUANTITIES = {"hit@10": "HIT@10 (share of prompts)", "mrr": "MRR (mean of 1/rank
 ELSEWHERE = {"color": VERMILLION, "marker": "D", "markerfacecolor": "white", "markersize": 3.5, "linestyle": ""}
 #: The early profile is that of one twelfth of the way: 50,000 of 600,000 steps in the published figures.
 EARLY = 1 / 12
+COMPONENTS = {"attn": ("attention", BLUE, "o"), "ffn": ("FFN", VERMILLION, "s")}
+
+
 # --- the figures ------------------------------------------------------------------------------------------------------
 
 
@@ -298,3 +300,47 @@ def _experts(axes: Axes, rows: pl.DataFrame, title: str) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(nbins=4))
     axes.xaxis.set_major_formatter(plain)
     axes.set_title(title)
+
+
+# --- courses and names ------------------------------------------------------------------------------------------------
+
+
+def courses(
+    axes: Axes,
+    curves: Sequence[Curve],
+    label: str,
+    limits: tuple[float, float] | None = None,
+    wide: bool = False,
+    axis: str = "log",
+) -> None:
+    """Value over steps (or tokens, as ``axis`` says) with its band, and the legend below."""
+    draw_curves(axes, curves, axis)
+    course_axis(axes, curves, axis, wide)
+    axes.set_ylabel(label)
+    if limits:
+        axes.set_ylim(limits)
+        axes.yaxis.set_major_locator(MultipleLocator(0.2))
+    legend(axes, wide)
+
+
+def legend(axes: Axes, wide: bool) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, min(len(labels), (110 if wide else 54) // (longest + 8)))
+    # below the axis label, where nothing of the data is covered; constrained layout keeps the room
+    below = axes.transAxes + ScaledTranslation(0, -0.42, axes.get_figure().dpi_scale_trans)
+    place = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0, "borderpad": 0}
+    legend = axes.legend(handles, labels, ncols=columns, **place)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)  # faint lines must be found in the legend
+
+
+def trajectory(table: pl.DataFrame, name: str) -> pl.DataFrame:
+    if table.is_empty():
+        raise PlotError(f"{name} is empty: there is no checkpoint to draw")
+    return table if table["step"].is_null().all() else table.filter(pl.col("step").is_not_null())
+
+
+def wrapped(name: str, width: int) -> str:
+    """A name in lines of at most ``width`` characters, its underscores read as spaces."""
+    return textwrap.fill(name.replace("_", " "), width, break_long_words=True)
