@@ -86,8 +86,17 @@ def test_every_adapter_can_be_followed_and_uses_the_library(adapter: Path):
 def test_what_each_stage_depends_on():
     """An edit of plots.py must reach the figures alone; one of lpi.py the scores, but no training and no figure."""
     behind = {path.stem: set(digest.modules(path)) for path in ADAPTERS}
-    assert {name for name, modules in behind.items() if "moescope.plots" in modules} == {"figure"}
-    assert {name for name, modules in behind.items() if "moescope.lpi" in modules} == {"attribute"}
+    assert {name for name, modules in behind.items() if "moescope.plots" in modules} == {"attribution_figures"}
+    assert {name for name, modules in behind.items() if "moescope.dynamics_plots" in modules} == {"dynamics_figures"}
+    assert {name for name, modules in behind.items() if "moescope.ablation_plots" in modules} == {"ablation_figures"}
+    overlaid = {"comparison_figure", "sparsity_figure"}
+    assert {name for name, modules in behind.items() if "moescope.comparison_plots" in modules} == overlaid
+    models = {"attribute", "ablate", "mask_dense"}
+    assert {name for name, modules in behind.items() if "moescope.lpi" in modules} == models
+    assert {name for name, modules in behind.items() if "moescope.ablation" in modules} == {"ablate"}
+    assert {name for name, modules in behind.items() if "moescope.dynamics" in modules} == {
+        *("dynamics_neurons", "dynamics_comparison"),
+    }
     assert {name for name, modules in behind.items() if "moescope.pretraining" in modules} == {"pretrain"}
     assert {name for name, modules in behind.items() if "moescope.overview" in modules} == {"overview"}
     assert {name for name, modules in behind.items() if "moescope.report" in modules} == {"report"}

@@ -75,13 +75,14 @@ SPARSITY = frame(
             "claim": "stability",
             "test": "N2",
             "exceeds": False,
+            "pairs": 11,
             "moe_value": 0.4,
             "moe_low": 0.3,
             "moe_high": 0.5,
             "dense_value": 0.35,
             "difference_value": 0.05,
         },
-        {"moe": "m", "dense": "d", "claim": "gain", "test": "N3"},
+        {"moe": "m", "dense": "d", "claim": "gain", "test": "N3", "pairs": 0},
     ],
 )
 VERDICT = frame(
@@ -127,8 +128,8 @@ def test_verdicts_and_numbers_are_those_of_the_tables(whole: Page):
     assert "m against d, gain: undecided. N3 is not available." in whole.text
     cells = ["ffn", "jaccard", "all", "0.250 [0.200, 0.300]", "0.005", "random sets", "12", "0.222", ""]
     assert cells in [row[1:] for row in whole.rows if row[0] == "m"]
-    assert ["N2", "m", "d", "0.400 [0.300, 0.500]", "0.350", "0.050", "no"] in [row[1:] for row in whole.rows]
-    assert whole.row("gain") == ["N3", "m", "d", *[report.UNKNOWN] * 4]
+    assert ["N2", "m", "d", "0.400 [0.300, 0.500]", "0.350", "0.050", "no", "11"] in [row[1:] for row in whole.rows]
+    assert whole.row("gain") == ["N3", "m", "d", *[report.UNKNOWN] * 4, "0"]
 
 
 def test_faithfulness_is_that_of_the_last_step(whole: Page):

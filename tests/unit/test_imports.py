@@ -50,8 +50,8 @@ ORDER = """
     errors files tables relations targets statistics digest job provenance resume config facts checkpoints
     decomposition precision lpi readout clean scores attribution masking pretraining
     neuron_sets selection interventions replay ablation faithfulness
-    overview dynamics prompt_dynamics layer_dynamics robustness sparsity published
-    drawing plots dynamics_plots report dynamics_report plan
+    sample overview dynamics prompt_dynamics layer_dynamics robustness sparsity published
+    drawing plots dynamics_plots ablation_plots comparison_plots report dynamics_report plan
 """.split()  # noqa: SIM905 (one line a layer is easier to read)
 
 

@@ -173,7 +173,7 @@ def test_a_run_without_the_profile_is_warned_of(copied: Path):
     target = "results/tables/attribution/moe/accuracy.csv"
     result = succeeds(copied, "--workflow-profile", "none", "--cores", "1", target)
     assert "profiles/default" in result.stderr
-    again = succeeds(copied, "--cores", "1", "--forcerun", "table", "--", target)
+    again = succeeds(copied, "--cores", "1", "--forcerun", "csv_attribution_moe", "--", target)
     assert "Rerun trigger 'code'" not in again.stderr
 
 

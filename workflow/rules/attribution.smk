@@ -58,20 +58,23 @@ for kind, names in KINDS.items():
         script:
             "../scripts/overview.py"
 
-
-rule figure:
-    input:
-        figure_table,
-    output:
-        pdf="results/figures/attribution/{series}/{figure}.pdf",
-        png="results/figures/attribution/{series}/{figure}.png",
-    log:
-        "results/logs/figure/{series}/{figure}.log",
-    conda:
-        "../../envs/analysis.yaml"
-    params:
-        code=code("figure.py"),
-    message:
-        "Drawing {wildcards.figure} of {wildcards.series}"
-    script:
-        "../scripts/figure.py"
+    rule:
+        name:
+            f"attribution_figures_{kind}"
+        input:
+            **series_tables(kind),
+        output:
+            **drawn("attribution", figures_of(kind)),
+        log:
+            "results/logs/attribution_figures/{series}.log",
+        wildcard_constraints:
+            series=one_of(names),
+        conda:
+            "../../envs/analysis.yaml"
+        params:
+            code=code("attribution_figures.py"),
+            cfg={"figures": figures_of(kind)},
+        message:
+            "Drawing attribution of {wildcards.series}"
+        script:
+            "../scripts/attribution_figures.py"

@@ -23,25 +23,30 @@ except MoescopeError as error:
 
 KINDS = {kind: names for kind in ("dense", "moe") if (names := PLAN.of_kind(kind))}
 PRETRAINED = [series for series in PLAN.series.values() if series.pretrained]
-#: Attribution: figures of a series, each with the table it draws.
+GROUPS = PLAN.config["attribution"]["uncertainty"] == "groups"
+SAMPLED = PLAN.config["ablation"]["neurons"] > 0
+#: Attribution: figures of a series, each with the tables it draws.
 FIGURES = {
-    "accuracy": "accuracy",
-    "layer_importance": "layer_importance",
-    "layer_profiles": "layer_importance",
-    "top_experts": "top_experts",
+    "accuracy": ["accuracy"],
+    "layer_importance": ["layer_importance"],
+    "layer_profiles": ["layer_importance"],
+    "top_experts": ["top_experts"],
 }
-#: Study dynamics: figures of a series, each with the tables it draws (of the study, or of the last ablated checkpoint).
+#: Study dynamics: figures of a series with two checkpoints or more.
 DYNAMICS_FIGURES = {
     "stability": ["neuron_dynamics"],
     "concentration": ["neuron_dynamics"],
     "survival": ["overlap"],
     "consolidation": ["profile_similarity", "layer_dynamics"],
+}
+#: The same of an ablated series; ``faithfulness`` is also a table of its last ablated checkpoint.
+ABLATION_FIGURES = {
     "robustness": ["robustness"],
     "dose_response": ["robustness"],
-    "faithfulness": ["faithfulness", "score_faithfulness"],
+    **({"faithfulness": ["faithfulness", "score_faithfulness"]} if SAMPLED else {}),
 }
-GROUPS = PLAN.config["attribution"]["uncertainty"] == "groups"
-SAMPLED = PLAN.config["ablation"]["neurons"] > 0
+#: Figures without a course, which have no axis to choose.
+WITHOUT_AXIS = ("survival", "dose_response")
 
 
 def one_of(names):
@@ -52,8 +57,6 @@ def one_of(names):
 wildcard_constraints:
     series=one_of(PLAN.series),
     step=r"\d+",
-    table=r"\w+",
-    figure=r"\w+",
 
 
 def code(adapter, *data):
@@ -78,13 +81,14 @@ def series_tables(kind):
 
 
 def figures_of(kind):
-    """The figures of a series: those whose table it has."""
-    return [figure for figure, table in FIGURES.items() if table in series_tables(kind)]
+    """The figures of a series, each with its tables: those whose tables it has."""
+    return {figure: tables for figure, tables in FIGURES.items() if tables[0] in series_tables(kind)}
 
 
-def figure_table(wildcards):
-    """The table that a figure of attribution draws."""
-    return f"results/attribution/{wildcards.series}/{FIGURES[wildcards.figure]}.parquet"
+def drawn(study, figures):
+    """The files of the figures of a series, by name and format."""
+    folder = f"results/figures/{study}/{{series}}"
+    return {f"{figure}_{end}": f"{folder}/{figure}.{end}" for figure in figures for end in ("pdf", "png")}
 
 
 def checkpoint_files(wildcards):
@@ -223,13 +227,20 @@ def of_series(template, names):
     return [template.format(series=name) for name in names]
 
 
+def ablated_tables():
+    """The tables of study dynamics of an ablated series."""
+    return ["robustness", "robustness_summary", *(["score_faithfulness"] if SAMPLED else [])]
+
+
+def course_tables():
+    """The tables of study dynamics of every series."""
+    tables = ["neuron_dynamics", "overlap", "layer_dynamics", "profile_similarity"]
+    return [*tables, *(["prompt_dynamics"] if GROUPS else [])]
+
+
 def dynamics_tables(name):
     """The tables of study dynamics of one series."""
-    tables = ["neuron_dynamics", "overlap", "layer_dynamics", "profile_similarity"]
-    tables += ["prompt_dynamics"] if GROUPS else []
-    if name in PLAN.ablation:
-        tables += ["robustness", "robustness_summary", *(["score_faithfulness"] if SAMPLED else [])]
-    return tables
+    return [*course_tables(), *(ablated_tables() if name in PLAN.ablation else [])]
 
 
 def comparison_tables():
@@ -238,40 +249,26 @@ def comparison_tables():
     return {name: f"results/dynamics/all/{name}.parquet" for name in names}
 
 
+def courses():
+    """The series of the study with two checkpoints or more."""
+    return [name for name, steps in PLAN.dynamics.items() if len(steps) > 1]
+
+
 def dynamics_figures(name):
     """The figures of study dynamics of one series: those that its checkpoints allow."""
-    figures = ["stability", "concentration", "survival", "consolidation"] if len(PLAN.dynamics[name]) > 1 else []
-    if name in PLAN.ablation:
-        figures += ["robustness", "dose_response", *(["faithfulness"] if SAMPLED else [])]
-    return figures
+    return [*(DYNAMICS_FIGURES if name in courses() else ()), *(ABLATION_FIGURES if name in PLAN.ablation else ())]
 
 
 def comparison_figures():
     """The figures of study dynamics over all series."""
-    courses = {name for name, steps in PLAN.dynamics.items() if len(steps) > 1}
-    paired = any({moe, dense} <= courses for dense, moe in PLAN.routed_by.items())
-    return [*(["comparison"] if len(courses) > 1 else []), *(["sparsity"] if paired else [])]
+    paired = any({moe, dense} <= {*courses()} for dense, moe in PLAN.routed_by.items())
+    return [*(["comparison"] if len(courses()) > 1 else []), *(["sparsity"] if paired else [])]
 
 
-def dynamics_figure_tables(wildcards):
-    """The tables that a figure of a series draws."""
-    name = wildcards.series
-
-    def path(table):
-        folder = f"{name}/{PLAN.ablation[name][-1]}" if table in ablation_tables() else f"dynamics/{name}"
-        return f"results/{folder}/{table}.parquet"
-
-    return [path(table) for table in DYNAMICS_FIGURES[wildcards.figure]]
-
-
-def axis_of(figure):
-    """What the courses of a figure are drawn over, where it has any."""
-    return {} if figure in ("survival", "dose_response") else {"axis": PLAN.config["dynamics"]["axis"]}
-
-
-def figure_cfg(wildcards):
-    """What the drawing of a figure is told."""
-    return axis_of(wildcards.figure)
+def axes_of(figures):
+    """What the courses of these figures are drawn over, as the keyword that the figure takes."""
+    axis = {"axis": PLAN.config["dynamics"]["axis"]}
+    return {figure: axis for figure in figures if figure not in WITHOUT_AXIS}
 
 
 def pairs():
@@ -280,8 +277,10 @@ def pairs():
 
 
 def comparison_cfg():
-    """What the comparison of series is told."""
-    repos = {name: PLAN.series[name].entry.get("repo") for name in PLAN.dynamics}
+    """What the comparison of series is told. Published numbers are those of the published facts and their objects."""
+    relations, target = PLAN.config["relations"], PLAN.config["attribution"]["target"]
+    comparable = (relations["source"], relations["names"], target) == ("lre", "all", "object")
+    repos = {name: PLAN.series[name].entry.get("repo") if comparable else None for name in PLAN.dynamics}
     return {
         "series": list(PLAN.dynamics),
         "ablated": list(PLAN.ablation),
@@ -324,6 +323,15 @@ def dynamics_targets():
     return ablation_targets() + masked_targets() + tables + csv + dynamics_figure_files("pdf", "png")
 
 
+#: What is written as CSV: study, series, tables.
+CSV = {
+    **{f"attribution_{kind}": ("attribution", names, list(series_tables(kind))) for kind, names in KINDS.items()},
+    "dynamics": ("dynamics", PLAN.dynamics, course_tables()),
+    "ablation": ("dynamics", PLAN.ablation, ablated_tables()),
+    "comparison": ("dynamics", ["all"], list(comparison_tables())),
+}
+
+
 # --- the report and what is asked for
 
 
@@ -335,7 +343,7 @@ def report_cfg():
             "source": series.entry["source"],
             "architecture": series.architecture,
             "steps": list(series.steps),
-            "figures": figures_of(series.kind),
+            "figures": list(figures_of(series.kind)),
         }
         for series in PLAN.series.values()
     ]

@@ -130,25 +130,49 @@ rule dynamics_comparison:
         "../scripts/dynamics_comparison.py"
 
 
-rule dynamics_figure:
+rule dynamics_figures:
     input:
-        dynamics_figure_tables,
+        neuron_dynamics="results/dynamics/{series}/neuron_dynamics.parquet",
+        overlap="results/dynamics/{series}/overlap.parquet",
+        layer_dynamics="results/dynamics/{series}/layer_dynamics.parquet",
+        profile_similarity="results/dynamics/{series}/profile_similarity.parquet",
     output:
-        pdf="results/figures/dynamics/{series}/{figure}.pdf",
-        png="results/figures/dynamics/{series}/{figure}.png",
+        **drawn("dynamics", DYNAMICS_FIGURES),
     log:
-        "results/logs/dynamics_figure/{series}/{figure}.log",
+        "results/logs/dynamics_figures/{series}.log",
     wildcard_constraints:
-        figure=one_of(DYNAMICS_FIGURES),
+        series=one_of(courses()),
     conda:
         "../../envs/analysis.yaml"
     params:
-        code=code("dynamics_figure.py"),
-        cfg=figure_cfg,
+        code=code("dynamics_figures.py"),
+        cfg={"figures": DYNAMICS_FIGURES, "axis": axes_of(DYNAMICS_FIGURES)},
     message:
-        "Drawing {wildcards.figure} of {wildcards.series}"
+        "Drawing the courses of {wildcards.series}"
     script:
-        "../scripts/dynamics_figure.py"
+        "../scripts/dynamics_figures.py"
+
+
+rule ablation_figures:
+    input:
+        **({"score_faithfulness": "results/dynamics/{series}/score_faithfulness.parquet"} if SAMPLED else {}),
+        robustness="results/dynamics/{series}/robustness.parquet",
+        faithfulness=last_ablated("faithfulness.parquet") if SAMPLED else [],
+    output:
+        **drawn("dynamics", ABLATION_FIGURES),
+    log:
+        "results/logs/ablation_figures/{series}.log",
+    wildcard_constraints:
+        series=one_of(PLAN.ablation),
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        code=code("ablation_figures.py"),
+        cfg={"figures": ABLATION_FIGURES, "axis": axes_of(ABLATION_FIGURES)},
+    message:
+        "Drawing the ablations of {wildcards.series}"
+    script:
+        "../scripts/ablation_figures.py"
 
 
 rule comparison_figure:
@@ -165,7 +189,7 @@ rule comparison_figure:
         "../../envs/analysis.yaml"
     params:
         code=code("comparison_figure.py"),
-        cfg={**axis_of("comparison"), "series": list(PLAN.dynamics)},
+        cfg={"axis": PLAN.config["dynamics"]["axis"], "series": list(PLAN.dynamics)},
     message:
         "Drawing the series beside each other"
     script:
@@ -186,7 +210,7 @@ rule sparsity_figure:
         "../../envs/analysis.yaml"
     params:
         code=code("sparsity_figure.py"),
-        cfg={**axis_of("sparsity"), "series": list(PLAN.dynamics)},
+        cfg={"axis": PLAN.config["dynamics"]["axis"], "series": list(PLAN.dynamics)},
     message:
         "Drawing the sparsity question"
     script:

@@ -1,24 +1,26 @@
 """Tables as CSV, and everything on one page: a self-contained HTML file."""
 
+for part, (study, names, shown) in CSV.items():
 
-rule table:
-    input:
-        "results/{study}/{series}/{table}.parquet",
-    output:
-        "results/tables/{study}/{series}/{table}.csv",
-    log:
-        "results/logs/table/{study}/{series}/{table}.log",
-    wildcard_constraints:
-        study="attribution|dynamics",
-        series=one_of([*PLAN.series, "all"]),
-    conda:
-        "../../envs/analysis.yaml"
-    params:
-        code=code("table.py"),
-    message:
-        "Writing table {wildcards.table} of {wildcards.series} ({wildcards.study})"
-    script:
-        "../scripts/table.py"
+    rule:
+        name:
+            f"csv_{part}"
+        input:
+            [f"results/{study}/{{series}}/{table}.parquet" for table in shown],
+        output:
+            [f"results/tables/{study}/{{series}}/{table}.csv" for table in shown],
+        log:
+            f"results/logs/csv_{part}/{{series}}.log",
+        wildcard_constraints:
+            series=one_of(names),
+        conda:
+            "../../envs/analysis.yaml"
+        params:
+            code=code("tables_as_csv.py"),
+        message:
+            "Writing tables of {wildcards.series} as CSV"
+        script:
+            "../scripts/tables_as_csv.py"
 
 
 rule report:

@@ -1,6 +1,6 @@
 """Courses of all series -> the figure that lays them over each other, PDF and PNG."""
 
-from moescope import drawing, dynamics_plots, tables
+from moescope import comparison_plots, drawing, tables
 from moescope.job import job
 
 with job(snakemake):
@@ -9,5 +9,5 @@ with job(snakemake):
         dict(zip(cfg["series"], map(tables.read, snakemake.input[name]), strict=True))
         for name in ("neuron_dynamics", "layer_importance", "profile_similarity")
     )
-    figure = dynamics_plots.comparison(*courses, axis=cfg["axis"])
+    figure = comparison_plots.comparison(*courses, axis=cfg["axis"])
     drawing.save(figure, snakemake.output.pdf, snakemake.output.png)

@@ -115,8 +115,10 @@ def _tables(series: Sequence[Series], tables: Mapping[str, pl.DataFrame]) -> Ite
         "table_4": ("Mean relative drop of HIT@10 (table 4)", "bootstrap over subjects"),
     }
     for name, (heading, source) in headings.items():
-        if name in tables and len(tables[name]):
-            yield _paper_table(tables[name], heading, source)
+        if name in tables:
+            shown = tables[name].filter(pl.col("condition").str.starts_with("macro").not_())  # those stand in the CSV
+            if len(shown):
+                yield _paper_table(shown, heading, source)
     if "sparsity" in tables:
         yield _sparsity_table(tables["sparsity"])
     ranked = [one for one in series if "score_faithfulness" in one.tables]
@@ -152,14 +154,16 @@ def _sparsity_table(table: pl.DataFrame) -> Table:
             *(row["claim"], row["test"], row["moe"], row["dense"]),
             *(_interval(*(row[f"{one}_{end}"] for end in ("value", "low", "high"))) for one in _SIDES),
             said[row["exceeds"]],
+            str(row["pairs"]),
         ]
         for row in table.iter_rows(named=True)
     ]
-    columns = ["claim", "test", "mixture of experts", "dense", "MoE", "dense", "difference", "MoE exceeds"]
+    columns = ["claim", "test", "mixture of experts", "dense", "MoE", "dense", "difference", "MoE exceeds", "pairs"]
     note = (
         "Means over consecutive checkpoints with 95% intervals over subjects. Plain: as they are. N1: overlap in "
         "excess of what routing alone gives. N2: the dense model seen through the routing of the other. N3: prompt by "
-        "prompt, active neurons only. N4: the mixture of experts at 1% times its share of active neurons."
+        "prompt, active neurons only; its intervals count prompts that had to be left out against either side. N4: the "
+        "mixture of experts at 1% times its share of active neurons, the dense model at 1%, the last neuron in part."
     )
     return Table("The sparsity question in numbers", columns, rows, note, words=4)
 

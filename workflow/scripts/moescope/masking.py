@@ -19,6 +19,7 @@ from tqdm import tqdm
 from moescope import attribution, lpi, scores, tables
 from moescope.clean import CleanRun
 from moescope.errors import MoescopeError
+from moescope.relations import GROUPS
 
 #: Splits into blocks, each from a seed of its own and the same for all checkpoints.
 SEEDS = 5
@@ -38,7 +39,7 @@ def masked_groups(run: CleanRun, routing: pl.DataFrame, seed: int = 0, progress:
     """
     layers, device = len(run.trace.layers), run.trace.final.device
     kept = [torch.from_numpy(layer).to(device) for layer in _routed(routing, run.prompts["prompt_id"])]
-    by_group = scores.indicator(run.prompts["group"].to_list(), list(range(scores.GROUPS)), device)
+    by_group = scores.indicator(run.prompts["group"].to_list(), list(range(GROUPS)), device)
     certificate, frames = lpi.Certificate(), []
     for layer in tqdm(range(layers), desc="scoring", unit="layer", disable=not progress):
         keeps = kept[matched_layer(layer, layers, len(kept))]

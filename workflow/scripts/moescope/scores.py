@@ -12,11 +12,11 @@ from torch import Tensor
 
 from moescope import lpi, tables
 from moescope.decomposition import LayerTrace, Site, Trace, routed_rows
+from moescope.relations import GROUPS
 from moescope.statistics import ZERO
 
 #: Share of a prompt's active neurons listed in ``top_active``, and the least number by signed LPI.
 TOP_SHARE, TOP_LEAST = 0.02, 300
-GROUPS = 10
 
 
 class Scores:
@@ -235,7 +235,7 @@ class _ActiveNeurons:
 
 
 def indicator(labels: list, names: list, device: torch.device) -> Tensor:
-    """[names, P] float64: 1 where a prompt has the label."""
+    """Which of P prompts has which label: [names, P] float64 of ones and zeros."""
     return torch.tensor([[float(label == name) for label in labels] for name in names], device=device).double()
 
 
