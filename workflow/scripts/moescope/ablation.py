@@ -72,7 +72,7 @@ def ablate_run(
     """The same from a clean run, within ``computing_in_float32``; with a report.
 
     The report: ``interventions`` asked for, ``sets`` run, ``passes`` over all prompts they came to, ``matched`` (per
-    size and ranking the ``share`` of matched neurons that has exactly the deciles asked for, and the ``magnitude_ratio``
+    size and ranking the ``share`` of matched neurons with exactly the deciles asked for, and the ``magnitude_ratio``
     of the selected to them), ``left_out`` (what was not available), ``replay_error`` (nats) and ``ablation_seconds``.
     Raises AblationError where a replay of the clean run does not give its log-probabilities.
     """
