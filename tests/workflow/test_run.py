@@ -223,7 +223,7 @@ def test_the_library_of_a_clone_serves_its_jobs(fresh_clone: Path):
     with open(fresh_clone / "workflow/scripts/moescope/job.py", "a") as file:
         file.write("print('in the clone')\n")
     target = "results/tables/attribution/moe/accuracy.csv"
-    options = ["--allowed-rules", "table", "--forcerun", "table"]
+    options = ["--allowed-rules", "csv_attribution_moe", "--forcerun", "csv_attribution_moe"]
     result = succeeds(fresh_clone, *options, "--cores", "1", "--", target, root=fresh_clone)
     assert "in the clone" in result.stdout
 
