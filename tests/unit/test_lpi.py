@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope import lpi
+from moescope import lpi, moments
+from moescope import unembedding as unembedding_module
 
 
 def brute_force(weight, offset, values, coefficients, residual, scale, target):
@@ -38,13 +39,18 @@ def problem(seed, vocabulary=97, hidden=24, neurons=40, prompts=11, width=0.1, s
     }
 
 
+def base_of(x):
+    """The distribution of a problem, and how it is read."""
+    unembedding = lpi.Unembedding(x["weight"], x["offset"])
+    return unembedding, lpi.Base.of(unembedding, x["residual"], x["scale"], x["target"])
+
+
 def fast(x):
     """(LPI, certificate, base) of a problem by the engine."""
-    unembedding = lpi.Unembedding(x["weight"], x["offset"])
-    base = lpi.Base.of(unembedding, unembedding.log_probs(x["residual"], x["scale"]), x["target"], x["scale"])
+    unembedding, base = base_of(x)
     certificate = lpi.Certificate()
-    projection = lpi.Projection(unembedding, x["values"])
-    return lpi.of_neurons(projection, x["coefficients"], base, certificate), certificate.as_dict(), base
+    (scores,) = lpi.of_neurons(unembedding, base, [lpi.Neurons(x["values"], x["coefficients"])], certificate)
+    return scores, certificate.as_dict(), base
 
 
 def tolerance(truth, coefficients):
@@ -150,7 +156,8 @@ def test_large_steps_are_evaluated_directly_and_counted():
     assert small["direct_share"] == 0
     assert 0.2 < large["direct_share"] <= 1
     assert small["pairs"] == 11 * 40
-    assert 0 < small["largest_bound"] <= 2e-6
+    assert 0 < small["largest_bound_of_tolerance"] <= 1
+    assert sum(large["pairs_by_order"].values()) == round(large["pairs"] * (1 - large["direct_share"]))
 
 
 def test_results_do_not_depend_on_how_prompts_and_neurons_are_grouped():
@@ -173,39 +180,92 @@ def test_rows_of_a_base_are_the_base_of_those_rows():
     assert torch.allclose(base.rows(rows).of_target, direct.of_target, atol=1e-12)
 
 
-@pytest.mark.parametrize("step", [1e-3, 1.0, 20.0])
-def test_sums_agree_with_the_definition(step):
+@pytest.mark.parametrize("peak", [0.0, 1.0, 30.0], ids=["diffuse", "usual", "peaked"])
+@pytest.mark.parametrize("step", [1e-6, 1e-3, 1.0, 20.0, 1e3])
+def test_heads_agree_with_the_definition(step, peak):
     """A head: one LPI of the whole vector, which is not the sum of its neurons' LPIs."""
-    x = problem(10, step=step)
-    neurons, _, base = fast(x)
-    projection = lpi.Projection(lpi.Unembedding(x["weight"], x["offset"]), x["values"])
-    scores = lpi.of_sums(projection, x["coefficients"], base)
-    whole = (x["coefficients"].double() @ x["values"].double())[:, None]  # [P, 1, d]: one vector a prompt
-    truth = torch.stack(
-        [
-            brute_force(
-                **{**x, "values": whole[p], "coefficients": torch.ones(1, 1)}
-                | {k: x[k][p : p + 1] for k in ("residual", "scale", "target")}
-            )[0, 0]
-            for p in range(len(whole))
-        ]
-    )
-    assert ((scores - truth).abs() <= 5e-6 * (1 + truth.abs())).all()
-    if step >= 1:
-        assert (scores - neurons.sum(1)).abs().max() > 1e-2
+    x = problem(10, step=step, peak=peak)
+    unembedding, base = base_of(x)
+    neurons, heads = lpi.of_heads(unembedding, base, lpi.Neurons(x["values"], x["coefficients"]), 5)
+    assert torch.equal(neurons, fast(x)[0])
+    for head in range(5):
+        own = slice(8 * head, 8 * head + 8)
+        whole = (x["coefficients"][:, own].double() @ x["values"][own].double())[:, None]  # [P, 1, d]: one a prompt
+        truth = torch.stack([of_one_prompt(x, p, whole[p]) for p in range(len(whole))])
+        error = (heads[:, head] - truth).abs() / (1 + truth.abs())
+        assert error.max() <= tolerance(neurons, x["coefficients"])
+        assert ((lpi.of_vectors(unembedding, base, whole[:, 0]) - truth).abs() <= 1e-12 * (1 + truth.abs())).all()
+        if step >= 1:
+            assert (heads[:, head] - neurons[:, own].sum(1)).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("tile", [1, 97 * 3, 97 * 40])
-def test_results_do_not_depend_on_what_is_evaluated_at_once(tile, monkeypatch):
-    """Direct pairs and heads, one prompt or pair at a time or a few: each meets its own prompt's distribution."""
+def of_one_prompt(x, p, vector):
+    """LPI of one vector [1, d] added in one prompt."""
+    one = {name: x[name][p : p + 1] for name in ("residual", "scale", "target")}
+    return brute_force(**{**x, **one, "values": vector, "coefficients": torch.ones(1, 1)})[0, 0]
+
+
+def test_experts_meet_only_their_own_prompts():
+    """Parts of a site, each with its own prompts and neurons, share a tolerance and the distributions."""
+    x = problem(13, step=3.0)
+    unembedding, base = base_of(x)
+    rows = [torch.tensor([1, 4, 10]), torch.tensor([0]), torch.arange(11)]
+    parts = [lpi.Neurons(x["values"][i::3], x["coefficients"][r, i::3], r) for i, r in enumerate(rows)]
+    truth = brute_force(**x)
+    for i, (r, scores) in enumerate(zip(rows, lpi.of_neurons(unembedding, base, parts), strict=True)):
+        assert ((scores - truth[r, i::3]).abs() <= 2e-6 * (1 + truth[r, i::3].abs())).all()
+
+
+@pytest.mark.parametrize("step", [1e-8, 1e-2, 3.0, 300.0])
+def test_soft_capped_logits_agree_with_the_definition(step):
+    x = problem(14, step=step, peak=4.0)
+    unembedding = lpi.Unembedding(x["weight"], x["offset"], cap=2.0)
+    base = lpi.Base.of(unembedding, x["residual"], x["scale"], x["target"])
+    neurons, heads = lpi.of_heads(unembedding, base, lpi.Neurons(x["values"], x["coefficients"]), 5)
+
+    def log_probs(moved):
+        z = x["offset"] + x["scale"][:, None].double() * (moved @ x["weight"].double().T)
+        return (2 * torch.tanh(z / 2)).log_softmax(1).gather(1, x["target"][:, None])[:, 0]
+
+    residual, values, coefficients = (x[name].double() for name in ("residual", "values", "coefficients"))
+    before = log_probs(residual)
+    truth = torch.stack([log_probs(residual + coefficients[:, [i]] * values[i]) - before for i in range(40)], 1)
+    assert (neurons - truth).abs().max() <= 1e-12
+    whole = log_probs(residual + coefficients[:, 8:16] @ values[8:16]) - before
+    assert (heads[:, 1] - whole).abs().max() <= 1e-12
+
+
+@pytest.mark.parametrize("tile", [97 * 3, 97 * 40])
+@pytest.mark.parametrize("block", [97 * 8, 97 * 40])
+def test_results_do_not_depend_on_what_is_evaluated_at_once(tile, block, monkeypatch):
+    """Tiles of the vocabulary, blocks of neurons, direct pairs and heads, a few at a time: each meets its own prompt."""
     x = problem(12, step=20.0)
-    projection = lpi.Projection(lpi.Unembedding(x["weight"], x["offset"]), x["values"])
-    neurons, _, base = fast(x)
-    heads = lpi.of_sums(projection, x["coefficients"], base)
-    monkeypatch.setattr(lpi, "_TILE", tile)
-    assert (fast(x)[0] - neurons).abs().max() < 1e-6
-    again = lpi.of_sums(projection, x["coefficients"], base)
-    assert ((again - heads).abs() <= 1e-6 * (1 + heads.abs())).all()  # heads of -150 nats, whatever the threads
+    unembedding, base = base_of(x)
+    neurons, heads = lpi.of_heads(unembedding, base, lpi.Neurons(x["values"], x["coefficients"]), 5)
+    monkeypatch.setattr(lpi, "_PROJECTED", block)
+    monkeypatch.setattr(moments, "_TILE", tile)
+    monkeypatch.setattr(moments, "_DIRECT", tile)
+    monkeypatch.setattr(moments, "_LEAST", 8)
+    monkeypatch.setattr(unembedding_module, "_DOUBLE", tile)
+    unembedding, base = base_of(x)
+    again = lpi.of_heads(unembedding, base, lpi.Neurons(x["values"], x["coefficients"]), 5)
+    for mine, other in zip(again, (neurons, heads), strict=True):
+        assert ((mine - other).abs() <= 2e-6 * (1 + other.abs())).all()
+
+
+@pytest.mark.parametrize("peak", [0.0, 3.0, 30.0])
+def test_a_distribution_is_that_of_float64_logits(peak):
+    x = problem(15, vocabulary=3000, peak=peak)
+    unembedding, base = base_of(x)
+    z = x["offset"] + x["scale"][:, None].double() * (x["residual"].double() @ x["weight"].double().T)
+    log_prob, weight = z.log_softmax(1), x["weight"].double()
+    assert (base.prob.double() / log_prob.exp() - 1).abs()[log_prob > -60].max() < 4e-7
+    assert torch.allclose(base.mean, log_prob.exp() @ weight, rtol=0, atol=1e-14)
+    assert torch.allclose(base.gradient, weight[x["target"]] - log_prob.exp() @ weight, rtol=0, atol=1e-14)
+    target = log_prob.gather(1, x["target"][:, None])[:, 0]
+    assert torch.allclose(base.of_target, target, rtol=1e-14, atol=1e-13)
+    again = lpi.target_log_prob(unembedding, x["residual"], x["scale"], x["target"])
+    assert torch.allclose(again, target, rtol=1e-14, atol=1e-13)
 
 
 @pytest.mark.parametrize("centred", [False, True])

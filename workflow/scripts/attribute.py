@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from moescope import attribution, checkpoints, provenance, tables
-from moescope.job import device, job
+from moescope.job import device, job, memory
 
 with job(snakemake):
     cfg = snakemake.params.cfg
@@ -12,7 +12,13 @@ with job(snakemake):
     with checkpoints.acquire(entry) as directory:
         model, tokenizer = checkpoints.load(directory, cfg["dtype"], device(snakemake), entry["gguf_file"])
         frames, found = attribution.attribute_with_report(
-            model, tokenizer, tables.read(snakemake.input.prompts), cfg["target"], cfg["uncertainty"], progress=True
+            model,
+            tokenizer,
+            tables.read(snakemake.input.prompts),
+            cfg["target"],
+            cfg["uncertainty"],
+            progress=True,
+            mem_mb=memory(snakemake),
         )
     for name, frame in frames.items():
         tables.write(frame, snakemake.output[name])

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from moescope import lpi, tables
+from moescope import lpi, memory, tables
 from moescope.clean import CleanRun
-from moescope.decomposition import DecompositionError, Site, Trace, routed_rows
+from moescope.decomposition import DecompositionError, LayerTrace, Site, routed_rows
 from moescope.precision import computing_in_float32
-from moescope.readout import Readout
 from moescope.scores import Scores, column
+from moescope.timing import Stages, gemm_rate
 
 
 def attribute(
@@ -26,14 +26,16 @@ def attribute(
     target: str = "object",
     uncertainty: str = "groups",
     progress: bool = False,
+    mem_mb: int | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Score every neuron, head and layer of a causal LM on prompts (a ``prompts`` table).
 
     ``target``: ``object`` (the first token of the object) or ``argmax`` (the model's own top token). ``uncertainty``:
-    ``groups`` adds the group sums and the top active neurons, ``none`` leaves them out. Returns frames by the names of
-    ``tables.SCHEMAS``; scores are nats. Raises what ``CleanRun.of`` raises.
+    ``groups`` adds the group sums and the top active neurons, ``none`` leaves them out. ``mem_mb``: what the process
+    may use (all that is free: None); fewer prompts are scored together where it is little. Returns frames by the names
+    of ``tables.SCHEMAS``; scores are nats. Raises what ``CleanRun.of`` raises, and MemoryError_ where it is too little.
     """
-    return attribute_with_report(model, tokenizer, prompts, target, uncertainty, progress)[0]
+    return attribute_with_report(model, tokenizer, prompts, target, uncertainty, progress, mem_mb)[0]
 
 
 def attribute_with_report(
@@ -43,16 +45,26 @@ def attribute_with_report(
     target: str = "object",
     uncertainty: str = "groups",
     progress: bool = False,
+    mem_mb: int | None = None,
 ) -> tuple[dict[str, pl.DataFrame], dict]:
-    """The same, and a report: ``decomposition_error`` and the LPI ``certificate``."""
+    """The same, and a report: ``decomposition_error`` and the LPI ``certificate`` with the seconds of each stage and the
+    rate of its float32 operations beside that of a plain matrix product."""
+    stages = Stages()
+    plan = memory.plan(memory.Shape.of(model), len(prompts), mem_mb)
+    memory.keep_pages()
     with torch.no_grad(), computing_in_float32(model):
-        run = CleanRun.of(model, tokenizer, prompts, target)
+        with stages("forward"):
+            run = CleanRun.of(model, tokenizer, prompts, target)
         scores = Scores(run.trace, run.prompts, uncertainty == "groups")
-        for layer in tqdm(range(len(run.trace.layers)), desc="scoring", unit="layer", disable=not progress):
-            _score_layer(layer, run.trace, run.readout, scores)
-        frames = {"predictions": _predictions(run), **scores.frames()}
-    frames = {name: tables.check(frame, name) for name, frame in frames.items()}
-    return frames, {"decomposition_error": run.error, "certificate": scores.certificate.as_dict()}
+        _score(run, scores, plan, stages, progress)
+        with stages("tables"):
+            frames = {"predictions": _predictions(run), **scores.frames()}
+            frames = {name: tables.check(frame, name) for name, frame in frames.items()}
+        rate = {"flops_per_second_of_a_product": gemm_rate(run.decomposition.device)}
+    scoring = stages.seconds["attention"] + stages.seconds["feed_forward"]
+    certificate = scores.certificate.as_dict()
+    certificate |= {"flops_per_second": certificate["flops"] / scoring, **rate, "seconds": stages.rounded()}
+    return frames, {"decomposition_error": run.error, "certificate": certificate, "prompts_at_once": plan.prompts}
 
 
 def ffn_scores(layer: int, run: CleanRun, certificate: lpi.Certificate) -> Tensor:
@@ -66,29 +78,73 @@ def ffn_scores(layer: int, run: CleanRun, certificate: lpi.Certificate) -> Tenso
     record, found = run.trace.layers[layer], []
     for site in sites:
         base = run.readout.base(record.bases[site.branch])
-        found.append(_score(site.values(), record.coefficients[site.name], base, run.readout, certificate))
+        neurons = lpi.Neurons(site.values(), record.coefficients[site.name])
+        found += lpi.of_neurons(run.readout.unembedding, base, [neurons], certificate)
     return torch.cat(found, 1)
 
 
-def _score_layer(layer: int, trace: Trace, readout: Readout, scores: Scores) -> None:
-    record = trace.layers[layer]
-    branches: dict[str, list[Site]] = {}
-    for site in trace.decomposition.at(layer):
-        branches.setdefault(site.branch, []).append(site)
-    for branch, sites in branches.items():
-        base = readout.base(record.bases[branch])
-        component = "attn" if sites[0].kind == "attn" else "ffn"
+def _score(run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, progress: bool) -> None:
+    """One pass over the layers: the distribution that each branch reads, and from it the scores of all that it writes."""
+    trace = run.trace
+    branches = [
+        (i, b) for i in range(len(trace.layers)) for b in dict.fromkeys(s.branch for s in run.decomposition.at(i))
+    ]
+    total = sum(s.neurons * max(1, s.experts) for s in run.decomposition.sites)
+    with tqdm(total=total, desc="scoring", unit="neuron", unit_scale=True, disable=not progress) as bar:
+        before = [_score_branch(*branch, run, scores, plan, stages, bar) for branch in branches]
+    read = [trace.layers[layer].bases[branch] for layer, branch in branches]
+    for i, (layer, branch) in enumerate(branches):
+        residual = _residual_after(trace, layer, branch)
+        with stages("distributions"):  # what one branch leaves is, as a rule, what the next one reads
+            known = i + 1 < len(read) and torch.equal(residual, read[i + 1])
+            after = before[i + 1] if known else run.readout.log_prob(residual)
+        attends = any(s.branch == branch for s in run.decomposition.at(layer, "attn"))
+        scores.components.append((layer, "attn" if attends else "ffn", after - before[i]))
+
+
+def _score_branch(
+    layer: int, branch: str, run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, bar: tqdm
+) -> Tensor:
+    """Score the sites of a branch; what it reads gives the target log p(target) [P], which is returned."""
+    record, of_target = run.trace.layers[layer], []
+    sites = [s for s in run.decomposition.at(layer) if s.branch == branch]
+    found: dict[str, list[tuple[Tensor, Tensor | None]]] = {site.name: [] for site in sites}
+    for rows in torch.arange(len(run.prompts), device=run.trace.final.device).split(plan.prompts):
+        with stages("distributions"):
+            base = run.readout.base(record.bases[branch], rows)
+        of_target.append(base.of_target)
         for site in sites:
-            coefficients = record.coefficients[site.name]
-            if site.kind == "attn":
-                _score_heads(site, coefficients, base, readout, scores)
-            elif site.kind == "routed":
-                _score_experts(site, trace, base, readout, scores)
+            with stages("attention" if site.kind == "attn" else "feed_forward"):
+                found[site.name].append(_score_site(site, record, rows, base, run, scores.certificate))
+            bar.update(site.neurons * max(1, site.experts) * len(rows) / len(run.prompts))
+    for site in sites:
+        with stages("tables"):
+            neurons, heads = (torch.cat(x) if x[0] is not None else None for x in zip(*found[site.name], strict=True))
+            if site.kind == "routed":
+                scores.add_experts(site, record, neurons)
             else:
-                found = _score(site.values(), coefficients, base, readout, scores.certificate)
-                scores.add_site(site, coefficients, found)
-        after = readout.log_prob(_residual_after(trace, layer, branch))
-        scores.components.append((layer, component, after - base.of_target))
+                scores.add_site(site, record.coefficients[site.name], neurons)
+            if heads is not None:
+                scores.heads.append((layer, heads))
+    return torch.cat(of_target)
+
+
+def _score_site(
+    site: Site, record: LayerTrace, rows: Tensor, base: lpi.Base, run: CleanRun, certificate: lpi.Certificate
+) -> tuple[Tensor, Tensor | None]:
+    """LPI of the neurons of a site for some prompts, [p, n] or of routed experts [p, K, I]; and of its heads [p, heads]."""
+    unembedding, coefficients = run.readout.unembedding, record.coefficients[site.name][rows]
+    if site.kind == "attn":
+        neurons = lpi.Neurons(site.values(), coefficients)
+        return lpi.of_heads(unembedding, base, neurons, site.heads, certificate)
+    if site.kind != "routed":
+        return lpi.of_neurons(unembedding, base, [lpi.Neurons(site.values(), coefficients)], certificate)[0], None
+    routed = list(routed_rows(record.index[rows]))
+    parts = [lpi.Neurons(site.values(expert), coefficients[some, slots], some) for expert, some, slots in routed]
+    scores = torch.empty_like(coefficients, dtype=torch.float64)
+    for (_, some, slots), found in zip(routed, lpi.of_neurons(unembedding, base, parts, certificate), strict=True):
+        scores[some, slots] = found
+    return scores, None
 
 
 def _residual_after(trace: Trace, layer: int, branch: str) -> Tensor:
@@ -99,38 +155,6 @@ def _residual_after(trace: Trace, layer: int, branch: str) -> Tensor:
     near = 1e-5 * (rebuilt - record.bases[branch]).abs().max()
     real = [*record.bases.values(), record.residual_out]
     return next((r for r in real if (r - rebuilt).abs().max() <= near), rebuilt)
-
-
-def _score(
-    values: Tensor, coefficients: Tensor, base: lpi.Base, readout: Readout, certificate: lpi.Certificate
-) -> Tensor:
-    """LPI [P, n] of all neurons of a site, as many at a time as memory allows."""
-    blocks = torch.arange(len(values), device=values.device).split(lpi.neurons_at_once(readout.unembedding))
-    parts = (
-        lpi.of_neurons(lpi.Projection(readout.unembedding, values[b]), coefficients[:, b], base, certificate)
-        for b in blocks
-    )
-    return torch.cat(list(parts), 1)
-
-
-def _score_heads(site: Site, coefficients: Tensor, base: lpi.Base, readout: Readout, scores: Scores) -> None:
-    values, heads, neurons = site.values(), [], []
-    for block in torch.arange(len(values), device=values.device).chunk(site.heads):
-        projection = lpi.Projection(readout.unembedding, values[block])
-        neurons.append(lpi.of_neurons(projection, coefficients[:, block], base, scores.certificate))
-        heads.append(lpi.of_sums(projection, coefficients[:, block], base))
-    scores.add_site(site, coefficients, torch.cat(neurons, 1))
-    scores.heads.append((site.layer, torch.stack(heads, 1)))
-
-
-def _score_experts(site: Site, trace: Trace, base: lpi.Base, readout: Readout, scores: Scores) -> None:
-    record = trace.layers[site.layer]
-    coefficients = record.coefficients[site.name]
-    routed = torch.zeros_like(coefficients, dtype=torch.float64)  # [P, K, I]
-    for expert, rows, slots in routed_rows(record.index):
-        part = base.rows(rows)
-        routed[rows, slots] = _score(site.values(expert), coefficients[rows, slots], part, readout, scores.certificate)
-    scores.add_experts(site, record, routed)
 
 
 def _predictions(run: CleanRun) -> pl.DataFrame:

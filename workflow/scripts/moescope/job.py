@@ -73,3 +73,9 @@ def name(snakemake: Any) -> str:
 def device(snakemake: Any) -> str:
     """``cuda`` where the profile gives the job a GPU, else ``cpu``."""
     return "cuda" if int(snakemake.resources.get("gpu", 0)) > 0 else "cpu"
+
+
+def memory(snakemake: Any) -> int | None:
+    """Megabytes that the profile gives the job, None where it says nothing."""
+    given = snakemake.resources.get("mem_mb")
+    return None if given is None else int(given)

@@ -66,7 +66,6 @@ class Readout:
     unembedding: lpi.Unembedding
     scale: Tensor
     target: Tensor
-    last: tuple[Tensor, Tensor] | None = None
 
     @classmethod
     def of(cls, decomposition: Decomposition, trace: Trace, target: Tensor) -> Readout:
@@ -85,16 +84,10 @@ class Readout:
             )
         return readout
 
-    def base(self, residual: Tensor) -> lpi.Base:
-        """The distribution read from residuals [P, d]."""
-        return lpi.Base.of(self.unembedding, self._log_probs(residual), self.target, self.scale)
+    def base(self, residual: Tensor, rows: Tensor | slice = slice(None)) -> lpi.Base:
+        """The distribution read from residuals [P, d], of some of the prompts."""
+        return lpi.Base.of(self.unembedding, residual[rows], self.scale[rows], self.target[rows])
 
     def log_prob(self, residual: Tensor) -> Tensor:
-        """log p(target) read from residuals: float64 [P]."""
-        return self._log_probs(residual).gather(1, self.target[:, None])[:, 0]
-
-    def _log_probs(self, residual: Tensor) -> Tensor:
-        # what one branch leaves is what the next one reads: remember the last residual
-        if self.last is None or not torch.equal(self.last[0], residual):
-            self.last = residual, self.unembedding.log_probs(residual, self.scale)
-        return self.last[1]
+        """log p(target) read from residuals [P, d]: float64 [P]."""
+        return lpi.target_log_prob(self.unembedding, residual, self.scale, self.target)

@@ -1,0 +1,99 @@
+"""Memory of a scoring job: planned from shapes before the start, and kept by the process while it works."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from torch import nn
+
+from moescope.decomposition import layers_of
+from moescope.errors import MoescopeError
+from moescope.lpi import projected_elements
+
+#: What a process holds before it has loaded anything: libraries and their tables (bytes, measured).
+PROCESS = 600 * 2**20
+#: Tiles, buffers and scores of one site that come and go (bytes, measured on sites of up to 11,008 neurons).
+WORK = 500 * 2**20
+#: Numbers of an allocator of the GNU C library: where its heap ends, and from what size on it asks the kernel.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+
+
+class MemoryPlanError(MoescopeError):
+    """A model or its prompts do not fit into the memory that a job may use."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory depends on: ``vocabulary``, ``hidden``, and the parameters of the largest layer in float32, ``layer``
+    (bytes); ``mapped``: whether the weights stay on disk, else ``weights`` (bytes) are held too."""
+
+    vocabulary: int
+    hidden: int
+    layer: int
+    weights: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> Shape:
+        """Of a loaded model."""
+        vocabulary, hidden = model.get_output_embeddings().weight.shape
+        layers = [sum(4 * p.numel() for p in layer.parameters()) for layer in layers_of(model)]
+        return cls(vocabulary, hidden, max(layers, default=0), 0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How many ``prompts`` are scored together, and how many ``bytes`` that takes at the most."""
+
+    prompts: int
+    bytes: int
+
+
+def plan(shape: Shape, prompts: int, mem_mb: int | None = None) -> Plan:
+    """The most prompts that can be scored together in ``mem_mb`` (what is free now: None).
+
+    Anonymous memory: weights are mapped from disk and the trace of a forward pass lies in a temporary file, so that the
+    kernel may let go of both. Raises MemoryPlanError where not even 16 prompts fit.
+    """
+    limit = available() if mem_mb is None else mem_mb * 2**20
+    unembedding = 4 * shape.vocabulary * shape.hidden
+    logits = 4 * prompts * shape.vocabulary
+    fixed = PROCESS + WORK + logits + max(shape.layer, unembedding + 4 * projected_elements(shape.vocabulary))
+    each = 4 * shape.vocabulary  # probabilities
+    least = min(prompts, 16)
+    if fixed + least * each > limit:
+        need = -(-(fixed + least * each) // 2**20)
+        raise MemoryPlanError(
+            f"scoring needs {need:,} MB of memory and may use {limit // 2**20:,} MB: "
+            "give the job more (mem_mb of the profile) or name fewer relations"
+        )
+    together = min(prompts, (limit - fixed) // each)
+    blocks = -(-prompts // together) if prompts else 1
+    together = -(-prompts // blocks)
+    return Plan(together, fixed + together * each)
+
+
+def available() -> int:
+    """Bytes that this process may still use: what is free, or what its control group leaves it."""
+    free = psutil.virtual_memory().available
+    for limit, used in (("memory.max", "memory.current"),):
+        folder = Path("/sys/fs/cgroup")
+        try:
+            most = (folder / limit).read_text().strip()
+            free = free if most == "max" else min(free, int(most) - int((folder / used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return free
+
+
+def keep_pages() -> None:
+    """Let the process keep the memory it frees, up to a gigabyte: memory that is new to a process has to be cleared by
+    the kernel first, which took a third of the time of scoring. Elsewhere than on the GNU C library, nothing."""
+    if sys.platform == "linux":
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_MMAP_THRESHOLD, 64 * 2**20)
+            mallopt(_TRIM_THRESHOLD, 2**30)

@@ -1,0 +1,251 @@
+"""The curvature Q = log E_p[exp(m b)] - m E_p[b] of many (prompt, neuron) pairs: moments where a bound allows, directly
+where not.
+
+A moment E_p[b^k] is one matrix product for all pairs. With the moments up to order K, the last even one of order e,
+
+    |remainder| <= sum_{k>K} |m|^k E_p|b|^k / k! <= m^e E_p[b^e] / e! * r^(K+1-e) e! / (K+1)! / (1 - r / (K+2)),
+
+r = |m| max|b|. A neuron's order rises as long as another moment is expected to cost less than evaluating directly the
+pairs that it saves; what then misses the tolerance is evaluated directly in float64.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding
+
+#: Elements of one tile of powers, and of one direct evaluation: they stay in the cache.
+_TILE, _DIRECT = 2**21, 2**19
+#: The least number of tokens in a tile.
+_LEAST = 256
+#: Rounding of a float32 moment relative to the sum of absolute terms (measured below 1e-7; doubled), and of a float32
+#: element of W v relative to the norms of both (measured where rows share a direction; else a quarter of it).
+_ROUNDING, _MISREAD = 2e-7, 2**-22
+#: The highest order of the expansion.
+_MAX_ORDER = 9
+#: A direct evaluation costs about as much as this many moments of one pair (measured: an exponential and seven passes
+#: in float64 over the vocabulary against one multiply-add of a matrix product).
+_DIRECT_COST = 200
+
+
+class Projection:
+    """Directions in logit space of the values [n, d] of some neurons: b = W v up to a constant.
+
+    Held as ``u`` = b / size [n, V] float32, size = |v| times the longest row of W: |u| <= 1 whatever the values, so that
+    its powers do not overflow. Centred over the vocabulary: a constant added to all logits changes nothing, and a
+    smaller b means fewer moments. ``unit`` [n, d] float64 is what W is multiplied with, ``largest`` [n] = max |u|.
+    ``space`` [>= n, V]: memory for ``u`` (memory that is new to a process is slow).
+    """
+
+    def __init__(self, unembedding: Unembedding, values: Tensor, space: Tensor | None = None):
+        self.unembedding = unembedding
+        values, widest = values.double(), unembedding.widest
+        norm = values.norm(dim=1)
+        self.size = torch.where(norm > 0, norm, torch.ones_like(norm)) * widest
+        self.unit = values / self.size[:, None]
+        self.centre = self.unit @ unembedding.centre
+        unit, centre = self.unit.float(), self.centre.float()[:, None]
+        self.u = unit.new_empty(len(values), len(unembedding.weight)) if space is None else space[: len(values)]
+        largest = []
+        for tile in _tiles(*self.u.shape):
+            part = self.u[:, tile]
+            torch.mm(unit, unembedding.weight[tile].T, out=part)
+            part.sub_(centre)
+            largest.append(torch.maximum(part.amax(1), -part.amin(1)))
+        self.largest = torch.stack(largest).amax(0).double()
+
+    def steps(self, coefficients: Tensor, base: Base) -> tuple[Tensor, Tensor]:
+        """w = s c size, so that m b = w u, and w E_p[u]: float64 [P, n].
+
+        Raises NotFiniteError where one is not finite.
+        """
+        w = coefficients.double() * base.scale[:, None] * self.size
+        expected = w * (base.mean @ self.unit.T - self.centre)
+        if not (expected.isfinite().all() and w.isfinite().all()):
+            raise NotFiniteError("coefficients, values, residuals or norm scales are not finite: check the weights")
+        return w, expected
+
+
+class Series:
+    """log E_p[exp(w u)] - w E_p[u] of all pairs [P, n] of a projection, to an absolute tolerance (nats).
+
+    ``curvature`` [P, n] float64; ``bound`` [P, n] float32 of its error, 0 where evaluated directly (``direct`` [P, n]);
+    ``orders`` [n] of the neurons; ``flops`` of the float32 matrix products.
+    """
+
+    def __init__(self, projection: Projection, w: Tensor, expected: Tensor, base: Base, tolerance: float):
+        self.projection, self.base, self.tolerance = projection, base, tolerance
+        self.w, self.expected = w, expected
+        self.r = (w.abs() * projection.largest).float()
+        # E_p[exp(m b)] >= exp(m E_p[b]) (Jensen): dividing by it turns an error of the first into one of its logarithm
+        self.shrink = (-expected.float()).exp()
+        self.orders = torch.full_like(projection.largest, 2, dtype=torch.long)
+        self.flops = 2 * projection.u.numel() * projection.unit.shape[1]
+        term = 0.5 * w.square() * self._moment(None, 2)
+        self.excess = expected + term  # E_p[exp(m b)] - 1 as far as the order goes
+        self.second = self.even = term.float()
+        self.remainder = self._remainder(self.even, self.r, self.shrink, 2)
+        # float32 rounds the moments, and underflow loses powers of u below 1e-38, which w^k must not make matter
+        self.spread = (2 * self.second).sqrt() * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
+        self.misread = _MISREAD * self.w.abs().float() * base.width[:, None]
+        self.rounding = _ROUNDING * self.spread.square() + self.misread * self.spread
+        self.rounding[self.w.abs() > 1e4] = torch.inf
+        self._extend(0.5 * w.square())
+        self.bound = self.remainder + self.rounding
+        self.direct = ~(self.bound <= tolerance)  # written so that NaN counts as failed
+        self.bound[self.direct] = 0
+        self.curvature = torch.log1p(self.excess.clamp_min_(-0.5)) - expected
+        self.curvature[self.direct] = 0
+        self.left = self._evaluate()
+
+    @staticmethod
+    def _remainder(even: Tensor, r: Tensor, shrink: Tensor, order: int) -> Tensor:
+        """Bound on what the series leaves out, from its last even term."""
+        gap = r * r / (order * (order + 1)) if order % 2 else r / (order + 1)
+        return even * gap / (1 - r / (order + 2)).clamp_min(0) * shrink
+
+    def _moment(self, neurons: Tensor | None, k: int) -> Tensor:
+        """E_p[u^k] of some neurons, or of all: float64 [P, neurons]."""
+        u, prob = self.projection.u, self.base.prob
+        total = buffer = None
+        for tile in _tiles(*u.shape):
+            x = u[:, tile]
+            if neurons is not None:
+                chosen = x.new_empty(len(neurons), x.shape[1]) if buffer is None else chosen[:, : x.shape[1]]
+                x = torch.index_select(x, 0, neurons, out=chosen)
+            buffer = torch.empty_like(x) if buffer is None else buffer  # memory that is new to a process is slow
+            power = torch.mul(x, x, out=buffer[:, : x.shape[1]])
+            for _ in range(k - 2):
+                power.mul_(x)
+            total = prob[:, tile] @ power.T if total is None else total.addmm_(prob[:, tile], power.T)
+        self.flops += 2 * prob.shape[1] * total.numel()
+        return total.double()
+
+    def _extend(self, factor: Tensor) -> None:
+        """Raise the order of those neurons for which that pays, one moment at a time; ``factor`` = w^2 / 2."""
+        neurons = torch.arange(self.w.shape[1], device=self.w.device)
+        for order in range(3, _MAX_ORDER + 1):
+            pays = self._worthwhile(neurons, order)
+            if not pays.any():
+                return
+            neurons = neurons[pays]
+            factor = factor[:, pays] * self.w[:, neurons] / order  # w^k / k!
+            term = factor * self._moment(neurons, order)
+            self.excess[:, neurons] += term
+            self.orders[neurons] = order
+            if order % 2 == 0:
+                self.even = self.even.index_copy(1, neurons, term.float())
+            known = (x[:, neurons] for x in (self.even, self.r, self.shrink))
+            self.remainder[:, neurons] = self._remainder(*known, order)
+
+    def _worthwhile(self, neurons: Tensor, order: int) -> Tensor:
+        """For which of some neurons moments from this order on cost less than the evaluations that they save."""
+        error, r, room = self.remainder[:, neurons], self.r[:, neurons], self.tolerance - self.rounding[:, neurons]
+        now = (~(error <= room)).sum(0) * _DIRECT_COST
+        best = now
+        for k in range(order, _MAX_ORDER + 1):
+            error = error * r / (k + 1)  # at most, since |u| <= max |u|
+            cost = (~(error <= room)).sum(0) * _DIRECT_COST + (k - order + 1) * len(r)
+            best = torch.minimum(best, cost)
+        return best < now
+
+    def _evaluate(self) -> Left:
+        """Evaluate the pairs that the series does not reach, but for those which need more than float32 input."""
+        rows = ~(self.misread * self.spread.clamp_max(2) <= 0.5 * self.tolerance)
+        steps = ~((2 * _ROUNDING * self.spread.square().clamp_max(1) <= 0.5 * self.tolerance) & (self.r < 4))
+        exact = self.direct & (rows | steps)
+        for chunk in (self.direct & ~exact).nonzero().split(max(1, _DIRECT // self.projection.u.shape[1])):
+            prompt, neuron = chunk.T
+            x = self.projection.u[neuron].mul_(self.w[prompt, neuron, None].float())
+            x -= self.expected[prompt, neuron, None].float()
+            self.curvature[prompt, neuron] = _excess(x, self.base.prob[prompt]).double().log1p()
+        prompt, neuron = exact.nonzero().T
+        neurons, place = neuron.unique(return_inverse=True)
+        some = (prompt, neuron)
+        return Left(self.projection.unit[neurons], place, prompt, neuron, prompt, self.w[some], self.expected[some])
+
+
+@dataclass
+class Left:
+    """Pairs that need float64 throughout: directions ``unit`` [k, d], and per pair which of them, the row and column of
+    its score, its prompt, its step w and the expected step."""
+
+    unit: Tensor
+    place: Tensor
+    row: Tensor
+    column: Tensor
+    prompt: Tensor
+    w: Tensor
+    expected: Tensor
+
+    @classmethod
+    def joined(cls, several: Sequence[Left]) -> Left:
+        """One after the other."""
+        first = [0, *itertools.accumulate(len(left.unit) for left in several)]
+        moved = [replace(left, place=left.place + n) for left, n in zip(several, first, strict=False)]
+        return cls(*(torch.cat([getattr(left, f.name) for left in moved]) for f in fields(cls)))
+
+
+def exact(unembedding: Unembedding, base: Base, left: Left) -> Tensor:
+    """The curvature of pairs by the definition, everything in float64."""
+    prompts, row = left.prompt.unique(return_inverse=True)
+    softmax = Softmax(len(left.w), left.w.device)
+    constant = (left.unit @ unembedding.centre)[:, None]
+    readings = unembedding.tiles(base.residual[prompts], base.scale[prompts]) if len(prompts) else ()
+    for _, z, rows in readings:
+        u = left.unit @ rows.T - constant
+        for first in range(0, len(row), step := max(1, _DIRECT // u.shape[1])):
+            pairs = slice(first, first + step)
+            softmax.add(u[left.place[pairs]].mul_(left.w[pairs, None]).add_(z[row[pairs]]), pairs)
+    return softmax.log_total() - base.log_total[left.prompt] - left.expected
+
+
+def of_sums(
+    projection: Projection, w: Tensor, expected: Tensor, base: Base, width: int, tolerance: float
+) -> tuple[Tensor, Left]:
+    """The curvature of the sums over every ``width`` neurons of a projection (heads), [P, n / width] float64, but for
+    those which need float64 input."""
+    found, left = [], []
+    for head in torch.arange(w.shape[1], device=w.device).split(width):
+        steps, mean = w[:, head].float(), expected[:, head].sum(1, keepdim=True)
+        excess, largest = torch.zeros_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
+        for tile in _tiles(8 * len(w), projection.u.shape[1]):
+            x = (steps @ projection.u[head, tile]).sub_(mean.float())
+            largest = torch.maximum(largest, x.amax(1))
+            excess += _excess(x, base.prob[:, tile])
+        off = _MISREAD * base.width * steps.norm(dim=1) * (2 * excess).sqrt().clamp_max(2)
+        off += 2 * _ROUNDING * excess.clamp_max(1)
+        left.append((~((off <= tolerance) & (largest < 4))).nonzero()[:, 0])
+        found.append(torch.log1p(excess).index_fill(0, left[-1], 0))
+    prompt = torch.cat(left)
+    head = torch.cat([torch.full_like(rows, i) for i, rows in enumerate(left)])
+    means = expected.unflatten(1, (-1, width)).sum(2)
+    unit = torch.cat(
+        [
+            w[rows, i * width : (i + 1) * width] @ projection.unit[i * width : (i + 1) * width]
+            for i, rows in enumerate(left)
+        ]
+    )
+    place, mean = torch.arange(len(prompt), device=w.device), means[prompt, head]
+    return torch.stack(found, 1), Left(unit, place, prompt, head, prompt, torch.ones_like(mean), mean)
+
+
+def _excess(x: Tensor, prob: Tensor) -> Tensor:
+    """E_p[exp(x)] - 1 of steps x [k, V] float32 in logit space around their mean, over some tokens: [k].
+
+    Around the mean, exp(x) - 1 - x is second order and never negative: nothing cancels, and what x and p are rounded by
+    enters at second order too. Overwrites ``x``.
+    """
+    return torch.expm1(x).sub_(x).mul_(prob).sum(1)
+
+
+def _tiles(rows: int, columns: int) -> list[slice]:
+    """Slices of the columns of a matrix that stay in the cache."""
+    step = max(_LEAST, _TILE // max(1, rows))
+    return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]
