@@ -3,12 +3,13 @@
 import copy
 import math
 
+import numpy as np
 import polars as pl
 import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from moescope import attribution, clean, lpi, precision, readout, scores, statistics, tables, targets
+from moescope import attribution, clean, lpi, memory, moments, precision, readout, scores, statistics, tables, targets
 from moescope.decomposition import DecompositionError, decoder_of
 from tests.model import models
 
@@ -336,11 +337,45 @@ def test_logits_that_are_not_affine_are_refused():
         attribution.attribute(model, models.tokenizer(), models.prompts())
 
 
+@pytest.mark.parametrize("name", ["olmo", "qwen2_moe"])
+def test_scores_do_not_depend_on_what_is_scored_together(name, monkeypatch):
+    """Fewer prompts at once, other tiles and blocks, another number of threads: nothing beyond the guarantee changes."""
+    model, prompts = models.build(name), models.prompts(2)
+    whole = attribution.attribute(model, models.tokenizer(), prompts)
+    monkeypatch.setattr(memory, "plan", lambda *_: memory.Plan(5, 0))
+    monkeypatch.setattr(lpi, "_PROJECTED", 320 * 12)
+    monkeypatch.setattr(moments, "_TILE", 320 * 7)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    try:
+        parts = attribution.attribute(model, models.tokenizer(), prompts)
+    finally:
+        torch.set_num_threads(threads)
+    for table in ("layers", "heads", "ffn_neurons", "attn_neurons", "ffn_groups", "active_sums", "routing"):
+        if table in whole:
+            numbers = [c for c, t in whole[table].schema.items() if t == pl.Float32]
+            for column in numbers:
+                mine, other = parts[table][column].to_numpy(), whole[table][column].to_numpy()
+                assert np.abs(mine - other).max() <= 2e-6 * len(prompts) * (1 + np.abs(other).max()), (table, column)
+
+
+def test_too_little_memory_is_said_before_anything_runs():
+    model = models.build("llama")
+    with pytest.raises(memory.MemoryPlanError, match=r"scoring needs [\d,]+ MB of memory and may use 100 MB"):
+        attribution.attribute(model, models.tokenizer(), models.prompts(), mem_mb=100)
+
+
 def test_report_counts_every_pair():
     model, prompts = models.build("qwen2_moe"), models.prompts()
     _, report = attribution.attribute_with_report(model, models.tokenizer(), prompts)
     per_prompt = 3 * 32 + 2 * (2 * 24 + 32) + 48  # attention; two MoE layers: routed and shared; one dense
-    assert report["certificate"]["pairs"] == len(prompts) * per_prompt
+    certificate = report["certificate"]
+    assert certificate["pairs"] == len(prompts) * per_prompt
+    assert set(certificate["seconds"]) == {"forward", "distributions", "attention", "feed_forward", "tables"}
+    spent = certificate["seconds"]["attention"] + certificate["seconds"]["feed_forward"]
+    assert certificate["flops_per_second"] == pytest.approx(certificate["flops"] / spent, rel=0.05)
+    assert certificate["flops_per_second_of_a_product"] > 0
+    assert report["prompts_at_once"] == len(prompts)
     assert report["decomposition_error"] < 1e-5
 
 

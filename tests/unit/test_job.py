@@ -9,7 +9,7 @@ import pytest
 
 from moescope import resume
 from moescope.errors import MoescopeError
-from moescope.job import device, job
+from moescope.job import device, job, memory
 from tests.examples import ROOT
 
 
@@ -81,6 +81,13 @@ def test_the_device_is_what_the_profile_gives(tmp_path: Path):
     assert device(asked) == "cpu"
     asked.resources = {"gpu": 1}
     assert device(asked) == "cuda"
+
+
+def test_the_memory_is_what_the_profile_gives(tmp_path: Path):
+    asked = rule(tmp_path)
+    assert memory(asked) is None
+    asked.resources = {"mem_mb": 4000}
+    assert memory(asked) == 4000
 
 
 @pytest.fixture

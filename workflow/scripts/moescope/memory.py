@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import sys
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from moescope.lpi import projected_elements
 PROCESS = 600 * 2**20
 #: Tiles, buffers and scores of one site that come and go (bytes, measured on sites of up to 11,008 neurons).
 WORK = 500 * 2**20
+#: Fewer prompts than these are not scored together: the time would go into projecting neurons again and again.
+LEAST = 16
 #: Numbers of an allocator of the GNU C library: where its heap ends, and from what size on it asks the kernel.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
@@ -28,20 +31,18 @@ class MemoryPlanError(MoescopeError):
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory depends on: ``vocabulary``, ``hidden``, and the parameters of the largest layer in float32, ``layer``
-    (bytes); ``mapped``: whether the weights stay on disk, else ``weights`` (bytes) are held too."""
+    """What memory depends on: ``vocabulary``, ``hidden``, and the bytes of the largest ``layer`` in float32."""
 
     vocabulary: int
     hidden: int
     layer: int
-    weights: int
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
         """Of a loaded model."""
         vocabulary, hidden = model.get_output_embeddings().weight.shape
         layers = [sum(4 * p.numel() for p in layer.parameters()) for layer in layers_of(model)]
-        return cls(vocabulary, hidden, max(layers, default=0), 0)
+        return cls(vocabulary, hidden, max(layers, default=0))
 
 
 @dataclass(frozen=True)
@@ -56,14 +57,14 @@ def plan(shape: Shape, prompts: int, mem_mb: int | None = None) -> Plan:
     """The most prompts that can be scored together in ``mem_mb`` (what is free now: None).
 
     Anonymous memory: weights are mapped from disk and the trace of a forward pass lies in a temporary file, so that the
-    kernel may let go of both. Raises MemoryPlanError where not even 16 prompts fit.
+    kernel may let go of both. Raises MemoryPlanError where not even ``LEAST`` prompts fit.
     """
     limit = available() if mem_mb is None else mem_mb * 2**20
     unembedding = 4 * shape.vocabulary * shape.hidden
     logits = 4 * prompts * shape.vocabulary
     fixed = PROCESS + WORK + logits + max(shape.layer, unembedding + 4 * projected_elements(shape.vocabulary))
     each = 4 * shape.vocabulary  # probabilities
-    least = min(prompts, 16)
+    least = min(prompts, LEAST)
     if fixed + least * each > limit:
         need = -(-(fixed + least * each) // 2**20)
         raise MemoryPlanError(
@@ -77,15 +78,10 @@ def plan(shape: Shape, prompts: int, mem_mb: int | None = None) -> Plan:
 
 
 def available() -> int:
-    """Bytes that this process may still use: what is free, or what its control group leaves it."""
-    free = psutil.virtual_memory().available
-    for limit, used in (("memory.max", "memory.current"),):
-        folder = Path("/sys/fs/cgroup")
-        try:
-            most = (folder / limit).read_text().strip()
-            free = free if most == "max" else min(free, int(most) - int((folder / used).read_text()))
-        except (OSError, ValueError):
-            continue
+    """Bytes that this process may still use: what is free, or what its control group leaves it (Linux, v2)."""
+    free, group = psutil.virtual_memory().available, Path("/sys/fs/cgroup")
+    with contextlib.suppress(OSError, ValueError):  # no such files, or no limit: "max"
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
     return free
 
 
