@@ -17,8 +17,8 @@ from moescope import tables, targets
 from moescope.decomposition import Decomposition, Trace
 from moescope.readout import Readout
 
-#: Tokens of one forward batch, padding included.
-BATCH_TOKENS = 16_384
+#: Tokens of one forward batch, padding included: a gigabyte of activations in a model like OLMoE-1B-7B.
+BATCH_TOKENS = 4_096
 
 Batch = tuple[Tensor, Tensor, Tensor]
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from moescope import scratch
 from moescope.errors import MoescopeError
 
 #: Names of the matrices that write to the stream, over all families of transformers.
@@ -135,7 +136,7 @@ class LayerTrace:
 
 
 def _placed(whole: Tensor | None, rows: Tensor, total: int, part: Tensor) -> Tensor:
-    whole = part.new_empty(total, *part.shape[1:]) if whole is None else whole
+    whole = scratch.empty((total, *part.shape[1:]), part) if whole is None else whole
     whole[rows] = part
     return whole
 

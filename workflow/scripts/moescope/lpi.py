@@ -146,10 +146,9 @@ def _scored(
     found = [
         _part(unembedding, base, part, tolerance, heads, cut, space) for part, cut in zip(parts, blocks, strict=True)
     ]
-    left = [pairs for scored in found for pairs in scored.left]
-    curvature = moments.exact(unembedding, base, moments.Left.joined([pairs for _, pairs in left]))
-    for (scores, pairs), exact in zip(left, curvature.split([len(pairs.w) for _, pairs in left]), strict=True):
-        scores[pairs.row, pairs.column] -= exact
+    left = [pairs for scored in found for pairs in scored.left if len(pairs[1].row)]
+    for (scores, pairs), curvature in zip(left, moments.exact(unembedding, base, [p for _, p in left]), strict=True):
+        scores[pairs.row, pairs.column] -= curvature
     return found
 
 
@@ -179,7 +178,7 @@ def _part(
             own = scored.heads[:, block.start // width : block.stop // width]
             curvature, left = moments.of_sums(projection, w, expected, base, width, tolerance)
             torch.sub(first.unflatten(1, (-1, width)).sum(2), curvature, out=own)
-            scored.left.append((own, left))
+            scored.left += [(own, one) for one in left]
         pairs = (~series.direct).sum(0)
         scored.orders.update({int(k): int(pairs[series.orders == k].sum()) for k in series.orders.unique()})
         scored.direct += int(series.direct.sum())

@@ -11,9 +11,8 @@ pairs that it saves; what then misses the tolerance is evaluated directly in flo
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +23,15 @@ from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding
 _TILE, _DIRECT = 2**21, 2**19
 #: The least number of tokens in a tile.
 _LEAST = 256
-#: Rounding of a float32 moment relative to the sum of absolute terms (measured below 1e-7; doubled), and of a float32
-#: element of W v relative to the norms of both (measured where rows share a direction; else a quarter of it).
-_ROUNDING, _MISREAD = 2e-7, 2**-22
+#: Rounding of a float32 moment relative to itself: thousands of terms are added to one that may be as large as all of
+#: them (measured up to 2.5e-6 at 50,000 tokens; doubled).
+_ROUNDING = 5e-6
+#: Rounding of a direct evaluation in float32, whose sums are taken pairwise, relative to its result (measured below
+#: 1e-7; times four).
+_PAIRWISE = 4e-7
+#: Rounding of a float32 element of W v, and of W v summed over a head, relative to the norms of both (measured up to
+#: 2.2 and 1.2 times 2^-24; about doubled).
+_MISREAD, _MISREAD_SUM = 2**-22, 2.4 * 2**-24
 #: The highest order of the expansion.
 _MAX_ORDER = 9
 #: A direct evaluation costs about as much as this many moments of one pair (measured: an exponential and seven passes
@@ -94,7 +99,7 @@ class Series:
         # float32 rounds the moments, and underflow loses powers of u below 1e-38, which w^k must not make matter
         self.spread = (2 * self.second).sqrt() * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
         self.misread = _MISREAD * self.w.abs().float() * base.width[:, None]
-        self.rounding = _ROUNDING * self.spread.square() + self.misread * self.spread
+        self.rounding = 0.5 * _ROUNDING * self.spread.square() + self.misread * self.spread
         self.rounding[self.w.abs() > 1e4] = torch.inf
         self._extend(0.5 * w.square())
         self.bound = self.remainder + self.rounding
@@ -158,7 +163,7 @@ class Series:
     def _evaluate(self) -> Left:
         """Evaluate the pairs that the series does not reach, but for those which need more than float32 input."""
         rows = ~(self.misread * self.spread.clamp_max(2) <= 0.5 * self.tolerance)
-        steps = ~((2 * _ROUNDING * self.spread.square().clamp_max(1) <= 0.5 * self.tolerance) & (self.r < 4))
+        steps = ~((_PAIRWISE * self.spread.square().clamp_max(1) <= 0.5 * self.tolerance) & (self.r < 4))
         exact = self.direct & (rows | steps)
         for chunk in (self.direct & ~exact).nonzero().split(max(1, _DIRECT // self.projection.u.shape[1])):
             prompt, neuron = chunk.T
@@ -168,72 +173,73 @@ class Series:
         prompt, neuron = exact.nonzero().T
         neurons, place = neuron.unique(return_inverse=True)
         some = (prompt, neuron)
-        return Left(self.projection.unit[neurons], place, prompt, neuron, prompt, self.w[some], self.expected[some])
+        return Left(self.projection.unit[neurons], place, self.w[some], prompt, neuron, prompt, self.expected[some])
 
 
 @dataclass
 class Left:
-    """Pairs that need float64 throughout: directions ``unit`` [k, d], and per pair which of them, the row and column of
-    its score, its prompt, its step w and the expected step."""
+    """Pairs that need float64 throughout, each a step w u along one of the directions ``unit`` [k, d] (``place``, w [q])
+    or along a mixture of all of them (place None, w [q, k]); ``row`` and ``column`` of their scores, their ``prompt``
+    and ``expected`` step, [q]."""
 
     unit: Tensor
-    place: Tensor
+    place: Tensor | None
+    w: Tensor
     row: Tensor
     column: Tensor
     prompt: Tensor
-    w: Tensor
     expected: Tensor
 
-    @classmethod
-    def joined(cls, several: Sequence[Left]) -> Left:
-        """One after the other."""
-        first = [0, *itertools.accumulate(len(left.unit) for left in several)]
-        moved = [replace(left, place=left.place + n) for left, n in zip(several, first, strict=False)]
-        return cls(*(torch.cat([getattr(left, f.name) for left in moved]) for f in fields(cls)))
+    def steps(self, u: Tensor, pairs: slice) -> Tensor:
+        """The steps of some pairs over a tile of the vocabulary, from u [k, tile]."""
+        if self.place is None:
+            return self.w[pairs] @ u
+        return u[self.place[pairs]].mul_(self.w[pairs, None])
 
 
-def exact(unembedding: Unembedding, base: Base, left: Left) -> Tensor:
-    """The curvature of pairs by the definition, everything in float64."""
-    prompts, row = left.prompt.unique(return_inverse=True)
-    softmax = Softmax(len(left.w), left.w.device)
-    constant = (left.unit @ unembedding.centre)[:, None]
-    readings = unembedding.tiles(base.residual[prompts], base.scale[prompts]) if len(prompts) else ()
-    for _, z, rows in readings:
-        u = left.unit @ rows.T - constant
-        for first in range(0, len(row), step := max(1, _DIRECT // u.shape[1])):
-            pairs = slice(first, first + step)
-            softmax.add(u[left.place[pairs]].mul_(left.w[pairs, None]).add_(z[row[pairs]]), pairs)
-    return softmax.log_total() - base.log_total[left.prompt] - left.expected
+def exact(unembedding: Unembedding, base: Base, several: Sequence[Left]) -> list[Tensor]:
+    """The curvature of pairs by the definition, everything in float64, in one pass over the unembedding."""
+    several = [left for left in several if len(left.row)]
+    if not several:
+        return []
+    prompts, rows = torch.cat([left.prompt for left in several]).unique(return_inverse=True)
+    places = rows.split([len(left.row) for left in several])
+    totals = [Softmax(len(left.row), prompts.device) for left in several]
+    for _, z, weight in unembedding.tiles(base.residual[prompts], base.scale[prompts]):
+        for left, place, total in zip(several, places, totals, strict=True):
+            u = left.unit @ weight.T - (left.unit @ unembedding.centre)[:, None]
+            step = max(1, _DIRECT // u.shape[1])
+            for pairs in (slice(first, first + step) for first in range(0, len(place), step)):
+                total.add(left.steps(u, pairs).add_(z[place[pairs]]), pairs)
+    return [
+        total.log_total() - base.log_total[left.prompt] - left.expected
+        for left, total in zip(several, totals, strict=True)
+    ]
 
 
 def of_sums(
     projection: Projection, w: Tensor, expected: Tensor, base: Base, width: int, tolerance: float
-) -> tuple[Tensor, Left]:
-    """The curvature of the sums over every ``width`` neurons of a projection (heads), [P, n / width] float64, but for
-    those which need float64 input."""
+) -> tuple[Tensor, list[Left]]:
+    """The curvature of the sums over every ``width`` neurons of a projection (heads), [P, n / width] float64, 0 where it
+    is left to be formed in float64."""
     found, left = [], []
-    for head in torch.arange(w.shape[1], device=w.device).split(width):
-        steps, mean = w[:, head].float(), expected[:, head].sum(1, keepdim=True)
-        excess, largest = torch.zeros_like(mean[:, 0]), torch.zeros_like(mean[:, 0])
+    for number, head in enumerate(torch.arange(w.shape[1], device=w.device).split(width)):
+        steps, mean = w[:, head].float(), expected[:, head].sum(1)
+        excess, largest = torch.zeros_like(mean), torch.zeros_like(mean)
         for tile in _tiles(8 * len(w), projection.u.shape[1]):
-            x = (steps @ projection.u[head, tile]).sub_(mean.float())
+            x = (steps @ projection.u[head, tile]).sub_(mean.float()[:, None])
             largest = torch.maximum(largest, x.amax(1))
             excess += _excess(x, base.prob[:, tile])
-        off = _MISREAD * base.width * steps.norm(dim=1) * (2 * excess).sqrt().clamp_max(2)
-        off += 2 * _ROUNDING * excess.clamp_max(1)
-        left.append((~((off <= tolerance) & (largest < 4))).nonzero()[:, 0])
-        found.append(torch.log1p(excess).index_fill(0, left[-1], 0))
-    prompt = torch.cat(left)
-    head = torch.cat([torch.full_like(rows, i) for i, rows in enumerate(left)])
-    means = expected.unflatten(1, (-1, width)).sum(2)
-    unit = torch.cat(
-        [
-            w[rows, i * width : (i + 1) * width] @ projection.unit[i * width : (i + 1) * width]
-            for i, rows in enumerate(left)
-        ]
-    )
-    place, mean = torch.arange(len(prompt), device=w.device), means[prompt, head]
-    return torch.stack(found, 1), Left(unit, place, prompt, head, prompt, torch.ones_like(mean), mean)
+        off = _MISREAD_SUM * base.width * steps.norm(dim=1) * (2 * excess).sqrt().clamp_max(2)
+        off += _PAIRWISE * excess.clamp_max(1)
+        some = (~((off <= tolerance) & (largest < 4))).nonzero()[:, 0]
+        found.append(torch.log1p(excess).index_fill(0, some, 0))
+        # a direction a pair, or all directions of the head, whichever are fewer
+        mixed, unit, place = w[some][:, head], projection.unit[head], None
+        if len(some) < width:
+            mixed, unit, place = torch.ones_like(mean[some]), mixed @ unit, torch.arange(len(some), device=w.device)
+        left.append(Left(unit, place, mixed, some, torch.full_like(some, number), some, mean[some]))
+    return torch.stack(found, 1), left
 
 
 def _excess(x: Tensor, prob: Tensor) -> Tensor:

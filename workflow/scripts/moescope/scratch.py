@@ -1,0 +1,31 @@
+"""Tensors that outlive a step but need not stay in memory: what a forward pass left at the last positions."""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+
+import torch
+from torch import Tensor
+
+#: Tensors below this size are not worth a file.
+_LEAST = 2**20
+
+
+def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """An uninitialised tensor of a shape, with the dtype and device of another.
+
+    On the CPU it is mapped from a file without a name in the temporary folder (``TMPDIR``), so that the kernel writes it
+    out where memory is short; the file goes with the tensor. A temporary folder that is itself kept in memory (tmpfs)
+    saves nothing: name one on a disk.
+    """
+    elements = math.prod(shape)
+    if like.device.type != "cpu" or elements * like.element_size() < _LEAST:
+        return like.new_empty(shape)
+    handle, path = tempfile.mkstemp(prefix="moescope-")
+    try:
+        os.close(handle)
+        return torch.from_file(path, shared=True, size=elements, dtype=like.dtype).view(shape)
+    finally:
+        os.unlink(path)  # a mapped file lives on until nobody uses it
