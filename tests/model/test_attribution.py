@@ -18,8 +18,8 @@ class Reference:
     """LPI of one prompt by the definition: a float64 copy of the model run on the prompt alone, coefficients taken at
     the inputs of its writing matrices, and the model's own head behind the frozen final norm."""
 
-    def __init__(self, model, tokens, target):
-        self.model, self.target, self.inputs = copy.deepcopy(model).double(), target, {}
+    def __init__(self, model, tokens, target, local=False):
+        self.model, self.target, self.inputs, self.local = copy.deepcopy(model).double(), target, {}, local
         self.model.set_experts_implementation("eager")  # the fused kernel has no float64
         decoder = decoder_of(self.model)
         hooks = [m.register_forward_pre_hook(self._keep(n)) for n, m in decoder.named_modules() if n]
@@ -38,12 +38,12 @@ class Reference:
         return keep
 
     def log_prob(self, residual):
-        """log p(target) with the final norm's statistic frozen at the last residual."""
-        norm = self.decoder.norm
+        """log p(target) with the final norm's statistic frozen at the last residual, or measured anew (local)."""
+        norm, final = self.decoder.norm, residual if self.local else self.final
         if type(norm).__name__ == "OlmoLayerNorm":
-            normed = (residual - residual.mean()) / (self.final.var(unbiased=False) + 1e-5).sqrt()
+            normed = (residual - residual.mean()) / (final.var(unbiased=False) + 1e-5).sqrt()
         else:
-            normed = norm.weight * residual / (self.final.square().mean() + norm.variance_epsilon).sqrt()
+            normed = norm.weight * residual / (final.square().mean() + norm.variance_epsilon).sqrt()
         return self.model.lm_head(normed).log_softmax(0)[self.target].item()
 
     def lpi(self, vector, base):
@@ -76,15 +76,19 @@ class Reference:
         return found
 
 
-@pytest.fixture(scope="module", params=["llama", "llama_tied", "olmo", "olmoe", "olmoe_normed", "qwen2_moe"])
+CASES = ["llama", "llama_tied", "olmo", "olmoe", "olmoe_normed", "qwen2_moe", "olmo, local", "qwen2_moe, local"]
+
+
+@pytest.fixture(scope="module", params=CASES)
 def case(request):
     """(model, prompts, frames, one reference per prompt, the prompts' targets)."""
-    model = models.build(request.param)
+    name, _, local = request.param.partition(", ")
+    model = models.build(name)
     prompts = models.prompts()
-    frames = attribution.attribute(model, models.tokenizer(), prompts)
+    frames = attribution.attribute(model, models.tokenizer(), prompts, norm=local or "final")
     found = targets.find(models.tokenizer(), prompts.to_dicts())
     with torch.no_grad():
-        references = [Reference(model, t.tokens, t.target_id) for t in found]
+        references = [Reference(model, t.tokens, t.target_id, bool(local)) for t in found]
     return model, prompts, frames, references, found
 
 
@@ -339,7 +343,7 @@ def test_logits_that_are_not_affine_are_refused():
 
 @pytest.mark.parametrize("name", ["olmo", "qwen2_moe"])
 def test_scores_do_not_depend_on_what_is_scored_together(name, monkeypatch):
-    """Fewer prompts at once, other tiles and blocks, another number of threads: nothing beyond the guarantee changes."""
+    """Fewer prompts at once, other tiles and blocks, other threads: nothing beyond the guarantee changes."""
     model, prompts = models.build(name), models.prompts(2)
     whole = attribution.attribute(model, models.tokenizer(), prompts)
     monkeypatch.setattr(memory, "plan", lambda *_: memory.Plan(5, 0))

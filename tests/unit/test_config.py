@@ -96,7 +96,7 @@ def test_bring_your_own_is_its_own_keys_and_defaults():
     assert config.effective(raw) == {
         "series": [{**own, "steps": "all", "studies": None, "dtype": "auto", "repo": None, "gguf_file": None}],
         "relations": {"source": "embedded", "names": "all", "seed": 0},
-        "attribution": {"target": "object", "uncertainty": "groups"},
+        "attribution": {"target": "object", "norm": "final", "uncertainty": "groups"},
         "studies": ["dynamics"],
         "dynamics": {
             "series": "all",

@@ -238,7 +238,7 @@ def test_soft_capped_logits_agree_with_the_definition(step):
 @pytest.mark.parametrize("tile", [97 * 3, 97 * 40])
 @pytest.mark.parametrize("block", [97 * 8, 97 * 40])
 def test_results_do_not_depend_on_what_is_evaluated_at_once(tile, block, monkeypatch):
-    """Tiles of the vocabulary, blocks of neurons, direct pairs and heads, a few at a time: each meets its own prompt."""
+    """Tiles of the vocabulary, blocks of neurons, direct pairs, a few at a time: each meets its own prompt."""
     x = problem(12, step=20.0)
     unembedding, base = base_of(x)
     neurons, heads = lpi.of_heads(unembedding, base, lpi.Neurons(x["values"], x["coefficients"]), 5)

@@ -1,7 +1,6 @@
 """Memory of a scoring job is planned before it starts."""
 
 import psutil
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st

@@ -94,7 +94,7 @@ def test_tables_tell_one_story(finished: Finished):
 
 def test_provenance_says_what_it_took(finished: Finished):
     record = json.loads((finished.folder / "results/moe/12/provenance/attribute.json").read_text())
-    assert record["cfg"] == {"dtype": "auto", "target": "object", "uncertainty": "groups"}
+    assert record["cfg"] == {"dtype": "auto", "target": "object", "norm": "final", "uncertainty": "groups"}
     assert (record["dtype"], record["device"], record["threads"]) == ("float32", "cpu", 1)
     assert record["versions"].keys() >= {"moescope", "python", "torch", "transformers", "polars"}
     assert record["decomposition_error"] < 1e-4

@@ -17,6 +17,7 @@ with job(snakemake):
             tables.read(snakemake.input.prompts),
             cfg["target"],
             cfg["uncertainty"],
+            cfg["norm"],
             progress=True,
             mem_mb=memory(snakemake),
         )

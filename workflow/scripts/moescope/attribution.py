@@ -25,17 +25,20 @@ def attribute(
     prompts: pl.DataFrame,
     target: str = "object",
     uncertainty: str = "groups",
+    norm: str = "final",
     progress: bool = False,
     mem_mb: int | None = None,
 ) -> dict[str, pl.DataFrame]:
     """Score every neuron, head and layer of a causal LM on prompts (a ``prompts`` table).
 
     ``target``: ``object`` (the first token of the object) or ``argmax`` (the model's own top token). ``uncertainty``:
-    ``groups`` adds the group sums and the top active neurons, ``none`` leaves them out. ``mem_mb``: what the process
+    ``groups`` adds the group sums and the top active neurons, ``none`` leaves them out. ``norm``: the final norm's
+    statistic is ``final`` (that of the prompt's last residual) or ``local`` (measured anew for each residual that is
+    read; tens of times slower). ``mem_mb``: what the process
     may use (all that is free: None); fewer prompts are scored together where it is little. Returns frames by the names
     of ``tables.SCHEMAS``; scores are nats. Raises what ``CleanRun.of`` raises, and MemoryError_ where it is too little.
     """
-    return attribute_with_report(model, tokenizer, prompts, target, uncertainty, progress, mem_mb)[0]
+    return attribute_with_report(model, tokenizer, prompts, target, uncertainty, norm, progress, mem_mb)[0]
 
 
 def attribute_with_report(
@@ -44,17 +47,18 @@ def attribute_with_report(
     prompts: pl.DataFrame,
     target: str = "object",
     uncertainty: str = "groups",
+    norm: str = "final",
     progress: bool = False,
     mem_mb: int | None = None,
 ) -> tuple[dict[str, pl.DataFrame], dict]:
-    """The same, and a report: ``decomposition_error`` and the LPI ``certificate`` with the seconds of each stage and the
-    rate of its float32 operations beside that of a plain matrix product."""
+    """The same, and a report: ``decomposition_error``, ``prompts_at_once`` and the LPI ``certificate`` with the seconds
+    of each stage and the rate of its float32 operations beside that of a plain matrix product."""
     stages = Stages()
     plan = memory.plan(memory.Shape.of(model), len(prompts), mem_mb)
     memory.keep_pages()
     with torch.no_grad(), computing_in_float32(model):
         with stages("forward"):
-            run = CleanRun.of(model, tokenizer, prompts, target)
+            run = CleanRun.of(model, tokenizer, prompts, target, norm)
         scores = Scores(run.trace, run.prompts, uncertainty == "groups")
         _score(run, scores, plan, stages, progress)
         with stages("tables"):
@@ -84,7 +88,7 @@ def ffn_scores(layer: int, run: CleanRun, certificate: lpi.Certificate) -> Tenso
 
 
 def _score(run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, progress: bool) -> None:
-    """One pass over the layers: the distribution that each branch reads, and from it the scores of all that it writes."""
+    """One pass over the layers: the distribution that a branch reads, and from it the scores of all that it writes."""
     trace = run.trace
     branches = [
         (i, b) for i in range(len(trace.layers)) for b in dict.fromkeys(s.branch for s in run.decomposition.at(i))
@@ -132,17 +136,18 @@ def _score_branch(
 def _score_site(
     site: Site, record: LayerTrace, rows: Tensor, base: lpi.Base, run: CleanRun, certificate: lpi.Certificate
 ) -> tuple[Tensor, Tensor | None]:
-    """LPI of the neurons of a site for some prompts, [p, n] or of routed experts [p, K, I]; and of its heads [p, heads]."""
-    unembedding, coefficients = run.readout.unembedding, record.coefficients[site.name][rows]
+    """LPI of the neurons of a site for some prompts, [p, n] or (experts) [p, K, I], and of its heads [p, heads]."""
+    readout, coefficients = run.readout, record.coefficients[site.name][rows]
     if site.kind == "attn":
-        neurons = lpi.Neurons(site.values(), coefficients)
-        return lpi.of_heads(unembedding, base, neurons, site.heads, certificate)
+        return readout.of_heads(base, lpi.Neurons(site.values(), coefficients), site.heads, certificate)
     if site.kind != "routed":
-        return lpi.of_neurons(unembedding, base, [lpi.Neurons(site.values(), coefficients)], certificate)[0], None
+        return readout.of_neurons(base, [lpi.Neurons(site.values(), coefficients)], certificate)[0], None
     routed = list(routed_rows(record.index[rows]))
-    parts = [lpi.Neurons(site.values(expert), coefficients[some, slots], some) for expert, some, slots in routed]
+    parts = [
+        lpi.Neurons(site.stored(expert).detach(), coefficients[some, slots], some) for expert, some, slots in routed
+    ]
     scores = torch.empty_like(coefficients, dtype=torch.float64)
-    for (_, some, slots), found in zip(routed, lpi.of_neurons(unembedding, base, parts, certificate), strict=True):
+    for (_, some, slots), found in zip(routed, readout.of_neurons(base, parts, certificate), strict=True):
         scores[some, slots] = found
     return scores, None
 

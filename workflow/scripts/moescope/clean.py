@@ -41,10 +41,13 @@ class CleanRun:
 
     @classmethod
     @torch.no_grad()
-    def of(cls, model: nn.Module, tokenizer: object, prompts: pl.DataFrame, target: str = "object") -> CleanRun:
+    def of(
+        cls, model: nn.Module, tokenizer: object, prompts: pl.DataFrame, target: str = "object", norm: str = "final"
+    ) -> CleanRun:
         """Run the model on the prompts, within ``precision.computing_in_float32``.
 
-        ``target``: ``object`` (the first token of the object) or ``argmax`` (the model's own top token). Raises
+        ``target``: ``object`` (the first token of the object) or ``argmax`` (the model's own top token). ``norm``:
+        residuals are read with the norm statistic of the ``final`` one, or each with its own (``local``). Raises
         DecompositionError where the model does not decompose, TargetError where the tokenizer cannot make a target,
         ReadoutError where the model's logits are not those of its residual.
         """
@@ -61,7 +64,8 @@ class CleanRun:
             chosen = [targets.retarget(t, token) for t, token in zip(objects, said, strict=True)]
         ids = torch.tensor([t.target_id for t in chosen], device=decomposition.device)
         others = targets.other_targets(rows, objects)
-        return cls(prompts, chosen, others, batches, trace, Readout.of(decomposition, trace, ids), error)
+        readout = Readout.of(decomposition, trace, ids, local=norm == "local")
+        return cls(prompts, chosen, others, batches, trace, readout, error)
 
     @property
     def decomposition(self) -> Decomposition:

@@ -22,29 +22,39 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moescope import lpi
+from moescope import lpi, moments
 from moescope.moments import Projection
-from moescope.readout import FinalNorm
 from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding, target_log_prob
 
 #: Elements of [neurons, V] that are held at once, of one tile of powers, and of one direct evaluation.
 _PROJECTED, _TILE, _DIRECT = 2**26, 2**20, 2**19
-#: Rounding of a float32 moment, or expectation, relative to the sum of its absolute terms (measured below 1e-7), and of
-#: a float32 element of W v relative to the norms of both.
-_ROUNDING, _MISREAD = 2e-7, 2**-22
-#: The highest order of the expansion, and how many products of its kind a direct evaluation of one pair costs.
-_MAX_ORDER, _DIRECT_COST = 9, 300
+#: Rounding of a float32 moment, or expectation, relative to the sum of its absolute terms, and of a float32 element of
+#: W v relative to the norms of both (``moments``).
+_ROUNDING, _MISREAD = moments.ROUNDING, moments.MISREAD
+#: The highest order of the expansion, and how many cross moments cost as much as one pair by the definition (measured
+#: between 130 and 300).
+_MAX_ORDER, _DIRECT_COST = 9, 200
 #: Where sigma falls below this share of itself, r and c v almost cancel: only their sum tells what is left.
 _CANCELS = 1 / 30
 
 
+class Norm(Protocol):
+    """What has to be known of the final norm (``readout.FinalNorm``)."""
+
+    centred: bool
+
+    def scale(self, residual: Tensor) -> Tensor:
+        """1 / sigma of residuals [P, d]: float64 [P]."""
+
+
 def of_neurons(
     unembedding: Unembedding,
-    norm: FinalNorm,
+    norm: Norm,
     base: Base,
     parts: Sequence[lpi.Neurons],
     certificate: lpi.Certificate | None = None,
@@ -71,7 +81,7 @@ def of_neurons(
 
 def of_heads(
     unembedding: Unembedding,
-    norm: FinalNorm,
+    norm: Norm,
     base: Base,
     neurons: lpi.Neurons,
     heads: int,
@@ -85,7 +95,7 @@ def of_heads(
     return scores, torch.stack([of_vectors(unembedding, norm, base, write) for write in writes], 1)
 
 
-def of_vectors(unembedding: Unembedding, norm: FinalNorm, base: Base, writes: Tensor) -> Tensor:
+def of_vectors(unembedding: Unembedding, norm: Norm, base: Base, writes: Tensor) -> Tensor:
     """LPI of one vector a prompt [P, d]: float64 [P], nats; by the definition in float64."""
     after = base.residual.double() + writes.double()
     return target_log_prob(unembedding, after, norm.scale(after), base.target) - base.of_target
@@ -95,7 +105,7 @@ class _Reading:
     """What is read from the base residuals, and how: ``a`` [P, V] float32 the logits without offset around their mean
     under p, as shares of the largest, ``largest`` [P] float64; None where logits are soft-capped."""
 
-    def __init__(self, unembedding: Unembedding, norm: FinalNorm, base: Base):
+    def __init__(self, unembedding: Unembedding, norm: Norm, base: Base):
         if not torch.allclose(base.scale, norm.scale(base.residual), rtol=1e-6, atol=0):
             raise ValueError("norm `local` needs a base that is read with the scale of its own residual")
         self.unembedding, self.norm, self.base = unembedding, norm, base
@@ -265,15 +275,14 @@ def _by_steps(reading: _Reading, part: lpi.Neurons, moves: _Moves, prompt: Tenso
     neurons, place = neuron.unique(return_inverse=True)
     residual, scale, values = base.residual[prompts], base.scale[prompts], part.values[neurons].double()
     s, m = 1 + moves.change[prompt, neuron, None], moves.m[prompt, neuron, None]
-    softmax, buffers = Softmax(len(prompt), prompt.device), values.new_empty(2, _DIRECT)
+    softmax = Softmax(len(prompt), prompt.device)
     for tile, z, rows in unembedding.tiles(residual, scale, capped=False):
         offset = unembedding.offset[tile]
         a, b = z.sub_(offset), values @ rows.T
         pairs_at_once = max(1, _DIRECT // len(rows))
         for first in range(0, len(prompt), pairs_at_once):
             pairs = slice(first, first + pairs_at_once)
-            along, across = (_picked(x, of[pairs]) for x,of in ((a,row),(b,place)))
-            moved = along.mul_(s[pairs]).add_(across.mul_(m[pairs])).add_(offset)
+            moved = a[row[pairs]].mul_(s[pairs]).addcmul_(b[place[pairs]], m[pairs]).add_(offset)
             softmax.add(unembedding.capped(moved), pairs)
     own, offset = unembedding.weight[base.target[prompts]].double(), unembedding.offset[base.target[prompt]]
     a, b = scale * (own * residual.double()).sum(1), own @ values.T

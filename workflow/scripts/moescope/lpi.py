@@ -93,8 +93,8 @@ def of_neurons(
 def of_heads(
     unembedding: Unembedding, base: Base, neurons: Neurons, heads: int, certificate: Certificate | None = None
 ) -> tuple[Tensor, Tensor]:
-    """LPI of the neurons of an attention site [P, n], and of its heads [P, heads], each the vector that its own n / heads
-    consecutive neurons write together: float64, nats, to the same guarantee.
+    """LPI of the neurons of an attention site [P, n], and of its heads [P, heads], each the vector that its own
+    n / heads consecutive neurons write together: float64, nats, to the same guarantee.
     """
     (scored,) = _site(unembedding, base, [neurons], certificate or Certificate(), heads)
     return scored.lpi, scored.heads
@@ -108,8 +108,8 @@ def of_vectors(unembedding: Unembedding, base: Base, writes: Tensor) -> Tensor:
 
 @dataclass
 class _Scored:
-    """A part of a site: LPI and the bounds of its errors [p, n], LPI of its heads [p, heads], and what it took. ``left``:
-    which of those scores still lack their curvature, because they need float64 throughout."""
+    """A part of a site: LPI and the bounds of its errors [p, n], LPI of its heads [p, heads], and what it took.
+    ``left``: which of those scores still lack their curvature, because they need float64 throughout."""
 
     lpi: Tensor
     bound: Tensor

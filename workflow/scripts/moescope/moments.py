@@ -25,13 +25,13 @@ _TILE, _DIRECT = 2**21, 2**19
 _LEAST = 256
 #: Rounding of a float32 moment relative to itself: thousands of terms are added to one that may be as large as all of
 #: them (measured up to 2.5e-6 at 50,000 tokens; doubled).
-_ROUNDING = 5e-6
+ROUNDING = 5e-6
 #: Rounding of a direct evaluation in float32, whose sums are taken pairwise, relative to its result (measured below
 #: 1e-7; times four).
 _PAIRWISE = 4e-7
 #: Rounding of a float32 element of W v, and of W v summed over a head, relative to the norms of both (measured up to
 #: 2.2 and 1.2 times 2^-24; about doubled).
-_MISREAD, _MISREAD_SUM = 2**-22, 2.4 * 2**-24
+MISREAD, MISREAD_SUM = 2**-22, 2.4 * 2**-24
 #: The highest order of the expansion.
 _MAX_ORDER = 9
 #: A direct evaluation costs about as much as this many moments of one pair (measured: an exponential and seven passes
@@ -42,8 +42,8 @@ _DIRECT_COST = 200
 class Projection:
     """Directions in logit space of the values [n, d] of some neurons: b = W v up to a constant.
 
-    Held as ``u`` = b / size [n, V] float32, size = |v| times the longest row of W: |u| <= 1 whatever the values, so that
-    its powers do not overflow. Centred over the vocabulary: a constant added to all logits changes nothing, and a
+    Held as ``u`` = b / size [n, V] float32, size = |v| times the longest row of W: |u| <= 1 whatever the values, so
+    that its powers do not overflow. Centred over the vocabulary: a constant added to all logits changes nothing, and a
     smaller b means fewer moments. ``unit`` [n, d] float64 is what W is multiplied with, ``largest`` [n] = max |u|.
     ``space`` [>= n, V]: memory for ``u`` (memory that is new to a process is slow).
     """
@@ -98,8 +98,8 @@ class Series:
         self.remainder = self._remainder(self.even, self.r, self.shrink, 2)
         # float32 rounds the moments, and underflow loses powers of u below 1e-38, which w^k must not make matter
         self.spread = (2 * self.second).sqrt() * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
-        self.misread = _MISREAD * self.w.abs().float() * base.width[:, None]
-        self.rounding = 0.5 * _ROUNDING * self.spread.square() + self.misread * self.spread
+        self.misread = MISREAD * self.w.abs().float() * base.width[:, None]
+        self.rounding = 0.5 * ROUNDING * self.spread.square() + self.misread * self.spread
         self.rounding[self.w.abs() > 1e4] = torch.inf
         self._extend(0.5 * w.square())
         self.bound = self.remainder + self.rounding
@@ -178,9 +178,9 @@ class Series:
 
 @dataclass
 class Left:
-    """Pairs that need float64 throughout, each a step w u along one of the directions ``unit`` [k, d] (``place``, w [q])
-    or along a mixture of all of them (place None, w [q, k]); ``row`` and ``column`` of their scores, their ``prompt``
-    and ``expected`` step, [q]."""
+    """Pairs that need float64 throughout, each a step w u along one of the directions ``unit`` [k, d] (``place``, w
+    [q]) or along a mixture of all of them (place None, w [q, k]); ``row`` and ``column`` of their scores, their
+    ``prompt`` and ``expected`` step, [q]."""
 
     unit: Tensor
     place: Tensor | None
@@ -220,8 +220,8 @@ def exact(unembedding: Unembedding, base: Base, several: Sequence[Left]) -> list
 def of_sums(
     projection: Projection, w: Tensor, expected: Tensor, base: Base, width: int, tolerance: float
 ) -> tuple[Tensor, list[Left]]:
-    """The curvature of the sums over every ``width`` neurons of a projection (heads), [P, n / width] float64, 0 where it
-    is left to be formed in float64."""
+    """The curvature of the sums over every ``width`` neurons of a projection (heads), [P, n / width] float64, 0 where
+    it is left to be formed in float64."""
     found, left = [], []
     for number, head in enumerate(torch.arange(w.shape[1], device=w.device).split(width)):
         steps, mean = w[:, head].float(), expected[:, head].sum(1)
@@ -230,7 +230,7 @@ def of_sums(
             x = (steps @ projection.u[head, tile]).sub_(mean.float()[:, None])
             largest = torch.maximum(largest, x.amax(1))
             excess += _excess(x, base.prob[:, tile])
-        off = _MISREAD_SUM * base.width * steps.norm(dim=1) * (2 * excess).sqrt().clamp_max(2)
+        off = MISREAD_SUM * base.width * steps.norm(dim=1) * (2 * excess).sqrt().clamp_max(2)
         off += _PAIRWISE * excess.clamp_max(1)
         some = (~((off <= tolerance) & (largest < 4))).nonzero()[:, 0]
         found.append(torch.log1p(excess).index_fill(0, some, 0))

@@ -6,12 +6,13 @@ give the model's own logits, or nothing is scored.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from moescope import lpi
+from moescope import local_norm, lpi
 from moescope.decomposition import Decomposition, Trace
 from moescope.errors import MoescopeError
 
@@ -61,19 +62,26 @@ class FinalNorm:
 
 @dataclass
 class Readout:
-    """The unembedding, the frozen norm scale and target of every prompt, and the base distributions already formed."""
+    """The unembedding and the final norm, the target of every prompt, and the norm scale [P] that its last residual
+    has.
+
+    ``local``: every residual is read with the scale that it has itself, else (the definition of LPI) all with that of
+    the prompt's last one.
+    """
 
     unembedding: lpi.Unembedding
+    norm: FinalNorm
     scale: Tensor
     target: Tensor
+    local: bool = False
 
     @classmethod
-    def of(cls, decomposition: Decomposition, trace: Trace, target: Tensor) -> Readout:
-        """Raises ReadoutError where the affine read-out does not give the model's own logits (a soft cap, say)."""
+    def of(cls, decomposition: Decomposition, trace: Trace, target: Tensor, local: bool = False) -> Readout:
+        """Raises ReadoutError where the affine read-out does not give the model's own logits."""
         norm, head = FinalNorm.of(decomposition.norm, trace.final[0]), decomposition.head
         bias = getattr(head, "bias", None)
         unembedding = lpi.Unembedding.of(head.weight.detach(), norm.gain, norm.centred, norm.bias, bias)
-        readout = cls(unembedding, norm.scale(trace.final), target)
+        readout = cls(unembedding, norm, norm.scale(trace.final), target, local)
         few = slice(0, 64)
         mine = unembedding.log_probs(trace.final[few], readout.scale[few])
         error = (mine - trace.logits[few].double().log_softmax(-1)).abs().max().item()
@@ -86,8 +94,25 @@ class Readout:
 
     def base(self, residual: Tensor, rows: Tensor | slice = slice(None)) -> lpi.Base:
         """The distribution read from residuals [P, d], of some of the prompts."""
-        return lpi.Base.of(self.unembedding, residual[rows], self.scale[rows], self.target[rows])
+        return lpi.Base.of(self.unembedding, residual[rows], self._scale(residual, rows), self.target[rows])
 
     def log_prob(self, residual: Tensor) -> Tensor:
         """log p(target) read from residuals [P, d]: float64 [P]."""
-        return lpi.target_log_prob(self.unembedding, residual, self.scale, self.target)
+        return lpi.target_log_prob(self.unembedding, residual, self._scale(residual, slice(None)), self.target)
+
+    def of_neurons(self, base: lpi.Base, parts: Sequence[lpi.Neurons], certificate: lpi.Certificate) -> list[Tensor]:
+        """LPI of the neurons of a site, by ``lpi`` or ``local_norm``."""
+        if self.local:
+            return local_norm.of_neurons(self.unembedding, self.norm, base, parts, certificate)
+        return lpi.of_neurons(self.unembedding, base, parts, certificate)
+
+    def of_heads(
+        self, base: lpi.Base, neurons: lpi.Neurons, heads: int, certificate: lpi.Certificate
+    ) -> tuple[Tensor, Tensor]:
+        """LPI of the neurons of an attention site and of its heads, by ``lpi`` or ``local_norm``."""
+        if self.local:
+            return local_norm.of_heads(self.unembedding, self.norm, base, neurons, heads, certificate)
+        return lpi.of_heads(self.unembedding, base, neurons, heads, certificate)
+
+    def _scale(self, residual: Tensor, rows: Tensor | slice) -> Tensor:
+        return self.norm.scale(residual[rows]) if self.local else self.scale[rows]

@@ -16,9 +16,9 @@ _LEAST = 2**20
 def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """An uninitialised tensor of a shape, with the dtype and device of another.
 
-    On the CPU it is mapped from a file without a name in the temporary folder (``TMPDIR``), so that the kernel writes it
-    out where memory is short; the file goes with the tensor. A temporary folder that is itself kept in memory (tmpfs)
-    saves nothing: name one on a disk.
+    On the CPU it is mapped from a file without a name in the temporary folder (``TMPDIR``), so that the kernel writes
+    it out where memory is short; the file goes with the tensor. A temporary folder that is itself kept in memory
+    (tmpfs) saves nothing: name one on a disk.
     """
     elements = math.prod(shape)
     if like.device.type != "cpu" or elements * like.element_size() < _LEAST:

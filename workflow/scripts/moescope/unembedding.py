@@ -89,8 +89,8 @@ class Unembedding:
         return z if self.cap is None else z.div_(self.cap).tanh_().mul_(self.cap)
 
     def tiles(self, residual: Tensor, scale: Tensor, capped: bool = True) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """The same in tiles of the vocabulary: (which tokens, their logits [P, k], their rows of the weight [k, d]), to be
-        used before the next tile overwrites them. ``capped``: with the soft cap, where there is one."""
+        """The same in tiles of the vocabulary: (which tokens, their logits [P, k], their rows of the weight [k, d]), to
+        be used before the next tile overwrites them. ``capped``: with the soft cap, where there is one."""
         x = residual.double() * scale.double()[:, None]
         buffer = None
         for tile, rows in self.in_double(len(x)):
