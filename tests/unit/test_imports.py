@@ -48,7 +48,7 @@ def test_names_come_through_the_package():
 
 #: Modules from the ground up; each may import those above it in this list, never one below.
 ORDER = """
-    errors files tables relations targets statistics digest job provenance resume config facts checkpoints
+    errors files tables relations targets statistics digest job provenance resume config facts fused checkpoints
     scratch decomposition precision timing unembedding moments lpi local_norm readout clean memory
     scores attribution masking pretraining
     neuron_sets selection interventions replay ablation faithfulness

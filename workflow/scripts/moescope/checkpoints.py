@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moescope import files
+from moescope import files, fused
 from moescope.errors import MoescopeError
 
 _STEP = re.compile(r"(?:^|[^a-z])(?:global[-_]?)?(?:step|checkpoint|ckpt|iter(?:ation)?)[-_=]?0*(\d+)", re.IGNORECASE)
@@ -274,7 +274,8 @@ def safetensors_header(path: str | os.PathLike) -> dict[str, dict]:
 
 @contextlib.contextmanager
 def acquire(entry: Mapping[str, Any]) -> Iterator[Path]:
-    """The directory of the checkpoint that a manifest describes, while the block runs.
+    """The directory to load the checkpoint from that a manifest describes, while the block runs: its own, or that of a
+    copy that can be mapped into memory (``fused``).
 
     Raises CheckpointError where a file is gone or has another size than the manifest says.
     """
@@ -283,6 +284,8 @@ def acquire(entry: Mapping[str, Any]) -> Iterator[Path]:
         path = directory / name
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path}: is not the file of the manifest any more; run the workflow again")
+    if entry["shape"]["experts"] and not entry["gguf_file"]:
+        directory = fused.mappable(directory, entry["files"], [n for n in entry["files"] if n in _SIDE_FILES])
     yield directory
 
 
@@ -314,8 +317,8 @@ def load(
             raise CheckpointError(f"{place}: {keys[0]} {what}; fetch the checkpoint again or leave the step out")
     with _told_in_one_line(f"{place}: the tokenizer", "put the files of tokenizer.save_pretrained there"):
         tokenizer = AutoTokenizer.from_pretrained(directory, **source)
-    for name, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
+    for name, weight in () if fused.checked(directory) else model.named_parameters():
+        if not fused.finite(weight):
             raise CheckpointError(
                 f"{place}: {name} holds a NaN or an infinity; fetch the checkpoint again or leave the step out"
             )
