@@ -33,6 +33,16 @@ FAMILIES = {
         "num_experts_per_tok": 2,
         "norm_topk_prob": True,
     },
+    "olmo2": {},
+    "flex_olmo": {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
+    "gemma2": {
+        "head_dim": 8,
+        "final_logit_softcapping": 4.0,
+        "attn_logit_softcapping": 20.0,
+        "query_pre_attn_scalar": 8,
+    },
+    "granite": {"residual_multiplier": 0.3, "logits_scaling": 2.5, "embedding_multiplier": 3.0},
+    "cohere": {"logit_scale": 0.25},
     "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
 }
 FACTS = [

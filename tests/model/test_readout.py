@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moescope.readout import FinalNorm
+from moescope.norms import Norm
 
 
 class OnePlus(nn.Module):
@@ -30,7 +30,7 @@ def norms():
 def test_a_final_norm_is_measured_whatever_it_is(name):
     """gain * (centred x) / sigma + bias reproduces the module, at large and at tiny residuals (where eps matters)."""
     norm = norms()[name]
-    found = FinalNorm.of(norm, torch.zeros(33))
+    found = Norm.of(norm, torch.zeros(33))
     assert found.centred == name.startswith("layer")
     for size in (1e-3, 1.0, 1e3):
         x = size * torch.randn(7, 33) + 0.5 * size

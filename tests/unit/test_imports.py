@@ -13,7 +13,7 @@ HEAVY = ("torch", "transformers", "polars", "numpy", "matplotlib")
 WITH_TORCH = {
     *("attribution", "decomposition", "lpi", "precision", "readout", "scores", "clean"),
     *("interventions", "replay", "ablation", "faithfulness", "masking"),
-    *("unembedding", "moments", "memory", "timing", "scratch", "local_norm"),
+    *("unembedding", "moments", "memory", "timing", "scratch", "local_norm", "norms"),
 }
 MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
 
@@ -49,7 +49,7 @@ def test_names_come_through_the_package():
 #: Modules from the ground up; each may import those above it in this list, never one below.
 ORDER = """
     errors files tables relations targets statistics digest job provenance resume config facts fused checkpoints
-    scratch decomposition precision timing unembedding moments lpi local_norm readout clean memory
+    scratch norms decomposition precision timing unembedding moments lpi local_norm readout clean memory
     scores attribution masking pretraining
     neuron_sets selection interventions replay ablation faithfulness
     sample overview dynamics prompt_dynamics layer_dynamics robustness sparsity published

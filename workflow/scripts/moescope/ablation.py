@@ -74,9 +74,11 @@ def ablate_run(
     The report: ``interventions`` asked for, ``sets`` run, ``passes`` over all prompts they came to, ``matched`` (per
     size and ranking the ``share`` of matched neurons with exactly the deciles asked for, and the ``magnitude_ratio``
     of the selected to them), ``left_out`` (what was not available), ``replay_error`` (nats) and ``ablation_seconds``.
-    Raises AblationError where a replay of the clean run does not give its log-probabilities.
+    Raises AblationError where a replay of the clean run does not give its log-probabilities, DecompositionError where
+    branches are scaled before they are added.
     """
     start = time.perf_counter()
+    run.decomposition.require_plain("ablation")
     plan = selection.plan(frames, run.prompts, rankings, seeds, seed)
     sets = _distinct(run, plan)
     rows = [_clean_rows(run)]

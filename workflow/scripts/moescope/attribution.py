@@ -139,13 +139,11 @@ def _score_site(
     """LPI of the neurons of a site for some prompts, [p, n] or (experts) [p, K, I], and of its heads [p, heads]."""
     readout, coefficients = run.readout, record.coefficients[site.name][rows]
     if site.kind == "attn":
-        return readout.of_heads(base, lpi.Neurons(site.values(), coefficients), site.heads, certificate)
+        return readout.of_heads(base, lpi.Neurons(site.mapped_values(), coefficients), site.heads, certificate)
     if site.kind != "routed":
-        return readout.of_neurons(base, [lpi.Neurons(site.values(), coefficients)], certificate)[0], None
+        return readout.of_neurons(base, [lpi.Neurons(site.mapped_values(), coefficients)], certificate)[0], None
     routed = list(routed_rows(record.index[rows]))
-    parts = [
-        lpi.Neurons(site.stored(expert).detach(), coefficients[some, slots], some) for expert, some, slots in routed
-    ]
+    parts = [lpi.Neurons(site.mapped_values(expert), coefficients[some, slots], some) for expert, some, slots in routed]
     scores = torch.empty_like(coefficients, dtype=torch.float64)
     for (_, some, slots), found in zip(routed, readout.of_neurons(base, parts, certificate), strict=True):
         scores[some, slots] = found

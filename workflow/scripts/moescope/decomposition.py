@@ -6,6 +6,10 @@ router's or the shared expert's gate where there is one) and a value v_i (its i-
 
     h_out = h_in + sum over sites of (sum_i c_i v_i + bias)
 
+Where a norm stands behind a branch (OLMo-2, Gemma-2), what the branch puts out, y, is multiplied by gain / rms(y): the
+gain goes into the values, 1 / rms(y), as it was measured, into the coefficients. So does a multiplier of the residual
+(Granite). Such a contribution is exact as a share of what was written; taking a neuron away would change rms(y) too.
+
 Modules are found by shape and name suffix, the residual a branch reads by tensor identity during the forward pass, and
 ``Trace.error`` compares the sum with what the layer really wrote, so a model that does not fit is refused, not guessed.
 """
@@ -21,6 +25,7 @@ from torch import Tensor, nn
 
 from moescope import scratch
 from moescope.errors import MoescopeError
+from moescope.norms import Norm
 
 #: Names of the matrices that write to the stream, over all families of transformers.
 WRITERS = {"o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "dense_4h_to_h", "fc2", "w2", "output_linear"}
@@ -70,6 +75,8 @@ class Site:
     block: nn.Module
     gate: nn.Module | None = None
     heads: int = 0
+    #: gain [hidden] of a norm behind the branch, as found in a forward pass; None where there is none
+    gain: Tensor | None = None
 
     @property
     def branch(self) -> str:
@@ -94,7 +101,12 @@ class Site:
 
     def values(self, expert: int | None = None) -> Tensor:
         """What each neuron writes per unit of coefficient: float32 [neurons, hidden]."""
-        return self.stored(expert).detach().float()
+        return self.mapped_values(expert).float()
+
+    def mapped_values(self, expert: int | None = None) -> Tensor:
+        """The same in the stored dtype, a view of the weight, wherever no norm behind the branch scales it."""
+        stored = self.stored(expert).detach()
+        return stored if self.gain is None else self._scaled(stored.float())
 
     def bias(self, expert: int | None = None) -> Tensor | None:
         """What the site (the expert) writes whatever its neurons do: float32 [hidden], or None."""
@@ -102,7 +114,10 @@ class Site:
             bias = self.module.down_proj_bias[expert] if self.module.has_bias else None
         else:
             bias = self.module.bias
-        return None if bias is None else bias.detach().float()
+        return None if bias is None else self._scaled(bias.detach().float())
+
+    def _scaled(self, written: Tensor) -> Tensor:
+        return written if self.gain is None else written * self.gain
 
 
 @dataclass
@@ -112,7 +127,8 @@ class LayerTrace:
     ``residual_in``, ``residual_out`` [P, hidden]; ``bases`` the residual each branch reads, [P, hidden];
     ``coefficients`` [P, n] per site, [P, K, I] for routed experts; ``index`` and ``weight`` [P, K] the routed experts
     in ascending order and the weights really used; ``probability`` [P, E] the router's, before the choice of the top
-    k; ``gates`` [P, 1] of gated sites.
+    k; ``gates`` [P, 1] of gated sites; ``factors`` [P, 1] what the output of a branch is multiplied with, the same for
+    all its neurons (1 in most models).
     """
 
     residual_in: Tensor | None = None
@@ -120,6 +136,7 @@ class LayerTrace:
     bases: dict[str, Tensor] = field(default_factory=dict)
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     gates: dict[str, Tensor] = field(default_factory=dict)
+    factors: dict[str, Tensor] = field(default_factory=dict)
     index: Tensor | None = None
     weight: Tensor | None = None
     probability: Tensor | None = None
@@ -178,6 +195,16 @@ class Decomposition:
     def device(self) -> torch.device:
         return self.head.weight.device
 
+    def require_plain(self, what: str) -> None:
+        """Raises DecompositionError where branches are scaled before they are added to the stream: ``what`` (a study)
+        takes a neuron's contribution for what is added."""
+        scaled = any(getattr(layer, "residual_multiplier", 1.0) != 1.0 for layer in self.layers)
+        if scaled or any(site.gain is not None for site in self.sites):
+            raise DecompositionError(
+                f"{type(self.model).__name__}: a norm or a multiplier stands behind its branches, which {what} does not "
+                "support; leave the series out (studies)"
+            )
+
     def at(self, layer: int, *kinds: str) -> list[Site]:
         """The sites of one layer, of some kinds or of all."""
         return [s for s in self.sites if s.layer == layer and (not kinds or s.kind in kinds)]
@@ -225,14 +252,14 @@ class Trace:
     def write(self, site: Site) -> Tensor:
         """sum_i c_i v_i + bias of one site: [P, hidden]."""
         record = self.layers[site.layer]
-        c = record.coefficients[site.name]
+        c, factor = record.coefficients[site.name], record.factors[site.branch]
         if site.kind != "routed":
             y, bias = c @ site.values(), site.bias()
-            return y if bias is None else y + bias * record.gates.get(site.name, 1.0)
+            return y if bias is None else y + bias * record.gates.get(site.name, 1.0) * factor
         y = torch.zeros_like(record.residual_in)
         for e, rows, slots in routed_rows(record.index):
             z, bias = c[rows, slots] @ site.values(e), site.bias(e)
-            y.index_add_(0, rows, z if bias is None else z + record.weight[rows, slots, None] * bias)
+            y.index_add_(0, rows, z if bias is None else z + record.weight[rows, slots, None] * bias * factor[rows])
         return y
 
     def branch_write(self, layer: int, branch: str) -> Tensor:
@@ -331,6 +358,8 @@ class _Recorder:
     def hook(self, layer: nn.Module, record: LayerTrace, sites: list[Site]) -> list:
         """Register the hooks of one layer; the caller removes them."""
         norms: list[tuple[Tensor, Tensor]] = []  # (input, output) of the norms that ran so far
+        written: dict[str, Tensor] = {}  # what the branches put out
+        multiplier = float(getattr(layer, "residual_multiplier", 1.0))
 
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
             record.residual_in = self.take(_hidden(args, kwargs))
@@ -339,7 +368,12 @@ class _Recorder:
             record.residual_out = self.take(_first(output))
             for name, gate in record.gates.items():
                 record.coefficients[name] = record.coefficients[name] * gate
+            for site in sites:
+                c, factor = record.coefficients.get(site.name), record.factors.get(site.branch)
+                if c is not None and factor is not None:
+                    record.coefficients[site.name] = c * (factor if c.dim() == 2 else factor[..., None])
             norms.clear()
+            written.clear()
 
         handles = [
             layer.register_forward_pre_hook(enter, with_kwargs=True),
@@ -349,8 +383,9 @@ class _Recorder:
         for name, child in layer.named_children():
             if name in branches:
                 handles.append(child.register_forward_pre_hook(self._read(record, name, norms), with_kwargs=True))
+                handles.append(child.register_forward_hook(self._written(record, name, written, multiplier)))
             elif "norm" in type(child).__name__.lower():
-                handles.append(child.register_forward_hook(lambda m, a, out: norms.append((a[0], out))))
+                handles.append(child.register_forward_hook(self._normed(record, norms, written, sites, multiplier)))
         for site in sites:
             handles += self._hook_experts(site, record) if site.kind == "routed" else self._hook_linear(site, record)
         return handles
@@ -362,6 +397,30 @@ class _Recorder:
             record.bases[branch] = self.take(next((x for x, y in norms if y is hidden), hidden))
 
         return read
+
+    def _written(self, record: LayerTrace, branch: str, written: dict[str, Tensor], multiplier: float) -> Callable:
+        def put_out(_: nn.Module, __: tuple, output: object) -> None:
+            written[branch] = _first(output)
+            record.factors[branch] = torch.full((len(self.rows), 1), multiplier, device=written[branch].device)
+
+        return put_out
+
+    def _normed(
+        self, record: LayerTrace, norms: list, written: dict[str, Tensor], sites: list[Site], multiplier: float
+    ) -> Callable:
+        def normed(module: nn.Module, args: tuple, output: Tensor) -> None:
+            norms.append((args[0], output))
+            branch = next((name for name, y in written.items() if y is args[0]), None)
+            if branch is not None:  # a norm behind a branch
+                y = self.take(args[0])
+                norm = Norm.of(module, y[0])
+                if norm.centred or norm.bias.any():
+                    raise DecompositionError("a norm behind a branch that centres or shifts; not supported")
+                record.factors[branch] = multiplier * norm.scale(y)[:, None].float()
+                for site in sites:
+                    site.gain = norm.gain if site.branch == branch else site.gain
+
+        return normed
 
     def _hook_linear(self, site: Site, record: LayerTrace) -> list:
         def coefficients(_: nn.Module, args: tuple) -> None:

@@ -36,6 +36,7 @@ def faithfulness(
     decile of |importance| (``selection.sample``). ``effect``, ``lpi`` and ``gradient`` are nats, ``magnitude`` has the
     unit of the residual; a row for every prompt in which a neuron is active (routed: that is sent to its expert).
     """
+    run.decomposition.require_plain("faithfulness")
     chosen = selection.sample(frames["ffn_neurons"], neurons, seed)
     pairs = _pairs(run, chosen)
     for group in tqdm(replay.by_length(run), desc="neuron by neuron", unit="batch", disable=not progress):

@@ -44,7 +44,7 @@ _CANCELS = 1 / 30
 
 
 class Norm(Protocol):
-    """What has to be known of the final norm (``readout.FinalNorm``)."""
+    """What has to be known of the final norm (``norms.Norm``)."""
 
     centred: bool
 

@@ -6,15 +6,15 @@ give the model's own logits, or nothing is scored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from moescope import local_norm, lpi
 from moescope.decomposition import Decomposition, Trace
 from moescope.errors import MoescopeError
+from moescope.norms import Norm
 
 #: Largest difference between the log-probabilities of the affine map and the model's own (nats, over the vocabulary).
 TOLERANCE = 1e-3
@@ -22,42 +22,6 @@ TOLERANCE = 1e-3
 
 class ReadoutError(MoescopeError):
     """The model's logits are no affine map of its last residual behind the norm."""
-
-
-@dataclass(frozen=True)
-class FinalNorm:
-    """The final norm as x -> gain * (x - mean(x) if centred) / sigma(x) + bias, sigma = sqrt(mean square + eps).
-
-    ``gain`` and ``bias`` [d] float32. Measured from the module's outputs on probes, so that neither the name of its
-    weight nor of its eps matters, nor whether the gain is w or 1 + w.
-    """
-
-    gain: Tensor
-    bias: Tensor
-    centred: bool
-    eps: float
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, norm: nn.Module, like: Tensor) -> FinalNorm:
-        """Measure a norm for residuals of the size and device of ``like`` [d]."""
-        zero, one = torch.zeros_like(like), torch.ones_like(like)
-        spread = one - 2 * (torch.arange(len(like), device=like.device) % 2)  # +1, -1, ...: nowhere near 0
-        spread = spread - spread.mean()
-        spread = spread / spread.square().mean().sqrt()  # mean 0, mean square 1: the same for both kinds of norm
-        bias = norm(zero[None])[0].float()
-        small = 3e-3  # comparable to the square root of usual eps, so that their ratio tells eps
-        full, faint = (norm(k * spread[None])[0].float() - bias for k in (1.0, small))
-        ratio = (faint.abs().sum() / full.abs().sum()).double().square().item()
-        eps = max(0.0, small**2 * (1 - ratio) / max(ratio - small**2, 1e-30))
-        centred = bool((norm(one[None])[0].float() - bias).abs().max() < 1e-3 * full.abs().max())
-        return cls(full / spread * (1 + eps) ** 0.5, bias, centred, eps)
-
-    def scale(self, residual: Tensor) -> Tensor:
-        """1 / sigma of residuals [P, d]: float64 [P]."""
-        x = residual.double()
-        x = x - x.mean(1, keepdim=True) if self.centred else x
-        return (x.square().mean(1) + self.eps).rsqrt()
 
 
 @dataclass
@@ -70,7 +34,7 @@ class Readout:
     """
 
     unembedding: lpi.Unembedding
-    norm: FinalNorm
+    norm: Norm
     scale: Tensor
     target: Tensor
     local: bool = False
@@ -78,19 +42,21 @@ class Readout:
     @classmethod
     def of(cls, decomposition: Decomposition, trace: Trace, target: Tensor, local: bool = False) -> Readout:
         """Raises ReadoutError where the affine read-out does not give the model's own logits."""
-        norm, head = FinalNorm.of(decomposition.norm, trace.final[0]), decomposition.head
-        bias = getattr(head, "bias", None)
-        unembedding = lpi.Unembedding.of(head.weight.detach(), norm.gain, norm.centred, norm.bias, bias)
-        readout = cls(unembedding, norm, norm.scale(trace.final), target, local)
+        norm, head = Norm.of(decomposition.norm, trace.final[0]), decomposition.head
         few = slice(0, 64)
-        mine = unembedding.log_probs(trace.final[few], readout.scale[few])
-        error = (mine - trace.logits[few].double().log_softmax(-1)).abs().max().item()
-        if not error <= TOLERANCE:
-            name = type(decomposition.model).__name__
-            raise ReadoutError(
-                f"{name}: logits are not an affine map of the normed residual (off by {error:.1e} nats); not supported"
-            )
-        return readout
+        logits, scale = trace.logits[few].double().log_softmax(-1), norm.scale(trace.final)
+        for factor, cap in _head_forms(decomposition.model.config.get_text_config()):
+            bias = getattr(head, "bias", None)
+            form = (norm.gain, norm.centred, norm.bias, bias, factor, cap)
+            unembedding = lpi.Unembedding.of(head.weight.detach(), *form)
+            error = (unembedding.log_probs(trace.final[few], scale[few]) - logits).abs().max().item()
+            if error <= TOLERANCE:
+                return cls(unembedding, norm, scale, target, local)
+        name = type(decomposition.model).__name__
+        raise ReadoutError(
+            f"{name}: logits are not an affine map of the normed residual (off by {error:.1e} nats), "
+            "soft-capped or not; not supported"
+        )
 
     def base(self, residual: Tensor, rows: Tensor | slice = slice(None)) -> lpi.Base:
         """The distribution read from residuals [P, d], of some of the prompts."""
@@ -116,3 +82,11 @@ class Readout:
 
     def _scale(self, residual: Tensor, rows: Tensor | slice) -> Tensor:
         return self.norm.scale(residual[rows]) if self.local else self.scale[rows]
+
+
+def _head_forms(config: object) -> Iterator[tuple[float, float | None]]:
+    """What a model may do with the logits of its head, by its configuration: (factor, soft cap). The first that gives
+    the model's own logits is the one."""
+    factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+    cap = getattr(config, "final_logit_softcapping", None)
+    yield from dict.fromkeys([(factor, cap), (factor, None), (1.0, cap), (1.0, None)])
