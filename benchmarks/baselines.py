@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: Elements of one block of logits, and of one tile of exponentials: the first is limited by memory, the second by cache.
+#: Elements of one block of logits (limited by memory), and of one tile of exponentials (by the cache).
 _LOGITS, _TILE = 2**26, 2**17
 
 
