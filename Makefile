@@ -1,4 +1,4 @@
-# make run | test | resume | first-figure | report | lint | bench; every target sets up .venv first, once.
+# make run | test | resume | first-figure | report | lint | bench | bench-run; every target sets up .venv first, once.
 PYTHON ?= python3.11
 CORES ?= all
 # More arguments for Snakemake or pytest: make run ARGS="--configfile configs/bring-your-own.yaml"
@@ -9,7 +9,7 @@ READY := .venv/.ready
 FIRST := results/figures/attribution/tiny-olmoe/accuracy.png
 SNAKEFILES := Snakefile workflow/Snakefile workflow/rules
 
-.PHONY: setup run resume test lint bench report first-figure
+.PHONY: setup run resume test lint bench bench-run report first-figure
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -47,5 +47,9 @@ lint: $(READY)
 	$(BIN)/snakefmt --check $(SNAKEFILES)
 	$(BIN)/snakemake --lint
 
+# What scoring costs beside the usual ways; bench-run: what the default run costs.
 bench: $(READY)
+	$(BIN)/python benchmarks/scoring.py $(ARGS)
+
+bench-run: $(READY)
 	$(BIN)/python benchmarks/run.py $(ARGS)

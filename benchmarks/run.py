@@ -1,4 +1,4 @@
-"""What the embedded default costs: ``make bench`` prints each figure beside its target.
+"""What the embedded default costs: ``make bench-run`` prints each figure beside its target.
 
 ``snakemake --cores all`` on config.yaml, in an empty folder: attribution, then the rest, which is study dynamics and
 the report; once more when there is nothing to do; and the statistics of one series again. With ``--test`` the test

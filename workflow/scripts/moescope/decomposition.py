@@ -201,8 +201,8 @@ class Decomposition:
         scaled = any(getattr(layer, "residual_multiplier", 1.0) != 1.0 for layer in self.layers)
         if scaled or any(site.gain is not None for site in self.sites):
             raise DecompositionError(
-                f"{type(self.model).__name__}: a norm or a multiplier stands behind its branches, which {what} does not "
-                "support; leave the series out (studies)"
+                f"{type(self.model).__name__}: a norm or a multiplier stands behind its branches, which {what} does "
+                "not support; leave the series out (studies)"
             )
 
     def at(self, layer: int, *kinds: str) -> list[Site]:
