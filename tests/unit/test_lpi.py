@@ -287,3 +287,29 @@ def test_input_that_is_not_finite_is_an_error(name, bad):
     x[name][0, 0] = bad
     with pytest.raises(lpi.NotFiniteError):
         fast(x)
+
+
+@pytest.mark.parametrize("peak", [0.0, 3.0, 30.0], ids=["diffuse", "usual", "peaked"])
+def test_a_vocabulary_of_150000(peak):
+    x = problem(16, vocabulary=150_000, hidden=6, neurons=9, prompts=3, step=0.5, peak=peak, width=0.4)
+    truth = brute_force(**x)
+    scores, _, _ = fast(x)
+    assert ((scores - truth).abs() <= tolerance(truth, x["coefficients"]) * (1 + truth.abs())).all()
+
+
+@pytest.mark.parametrize("peak", [0.0, 5.0, 40.0], ids=["diffuse", "usual", "peaked"])
+@pytest.mark.parametrize("shared", [0.0, 1.0], ids=["isotropic", "rows share a direction"])
+def test_float32_rounds_no_more_than_the_bounds_allow_for(peak, shared):
+    """Moments and directions at the size of a real vocabulary, against float64."""
+    x = problem(17, vocabulary=50_000, hidden=256, neurons=16, prompts=6, peak=peak, width=256**-0.5)
+    x["weight"] += shared / 16
+    unembedding, base = base_of(x)
+    projection = moments.Projection(unembedding, x["values"])
+    w, expected = projection.steps(x["coefficients"], base)
+    series = moments.Series(projection, w, expected, base, 1e-6)
+    u = projection.unit @ (x["weight"].double() - unembedding.centre).T
+    assert (projection.u - u).abs().max() <= moments.MISREAD
+    for k in (2, 3, 4):
+        absolute = base.prob.double() @ u.abs().pow(k).T
+        error = (series._moment(None, k) - base.prob.double() @ projection.u.double().pow(k).T).abs()
+        assert (error <= moments.ROUNDING * absolute).all()
