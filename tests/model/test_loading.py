@@ -422,6 +422,22 @@ def test_shortcuts_of_products_are_off_inside_and_back_after(setting: str):
         assert torch.backends.cuda.matmul.allow_tf32 == tf32
 
 
+def test_autocast_is_refused():
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="not exact"), exact_products():
+        pass
+
+
+@pytest.mark.parametrize(("gpus", "size", "spread"), [(1, 10**12, False), (2, 10**9, False), (2, 60 * 10**9, True)])
+def test_weights_that_one_gpu_does_not_hold_are_spread_over_all(gpus: int, size: int, spread: bool, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (80 * 10**9, 80 * 10**9))
+    found = checkpoints._over_gpus("cuda", size)
+    assert bool(found) == spread
+    if spread:
+        assert set(found["max_memory"]) == {0, 1}, "nothing may go to the CPU or the disk"
+    assert checkpoints._over_gpus("cpu", size) == {}
+
+
 # GGUF
 
 #: What llama.cpp calls the matrices of a llama.

@@ -308,9 +308,10 @@ def load(
     # unless told otherwise, transformers asks on the terminal whether to run the code that comes with a checkpoint
     source = {"local_files_only": True, "trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
     weights = {"dtype": stored, **({} if gguf_file else {"use_safetensors": True})}
+    spread = _over_gpus(device, sum(path.stat().st_size for path in paths))
     with _told_in_one_line(f"{place}: the model", "fetch it again or leave the step out"):
         model, info = AutoModelForCausalLM.from_pretrained(
-            directory, **source, **weights, output_loading_info=True, ignore_mismatched_sizes=True
+            directory, **source, **weights, **spread, output_loading_info=True, ignore_mismatched_sizes=True
         )
     for problem, what in {"missing_keys": "is missing", "mismatched_keys": "has the wrong shape"}.items():
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem, ())):
@@ -322,7 +323,21 @@ def load(
             raise CheckpointError(
                 f"{place}: {name} holds a NaN or an infinity; fetch the checkpoint again or leave the step out"
             )
-    return model.eval().to(device), tokenizer
+    return (model if spread else model.to(device)).eval(), tokenizer
+
+
+def _over_gpus(device: str, size: int) -> dict[str, Any]:
+    """How to spread weights of so many bytes over several GPUs: nothing where one holds them, or there is but one.
+
+    Never to the CPU or the disk: weights that are offloaded could not be read. A third of each GPU is left to layers in
+    float32 and to scoring.
+    """
+    import torch
+
+    if device != "cuda" or torch.cuda.device_count() < 2:
+        return {}
+    room = {gpu: torch.cuda.mem_get_info(gpu)[0] * 2 // 3 for gpu in range(torch.cuda.device_count())}
+    return {} if size <= room[0] else {"device_map": "auto", "max_memory": room}
 
 
 @contextlib.contextmanager

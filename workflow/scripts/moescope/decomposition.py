@@ -77,6 +77,8 @@ class Site:
     heads: int = 0
     #: gain [hidden] of a norm behind the branch, as found in a forward pass; None where there is none
     gain: Tensor | None = None
+    #: where values are handed out: that of the unembedding, where a model is spread over several GPUs
+    device: torch.device | None = None
 
     @property
     def branch(self) -> str:
@@ -105,8 +107,7 @@ class Site:
 
     def mapped_values(self, expert: int | None = None) -> Tensor:
         """The same in the stored dtype, a view of the weight, wherever no norm behind the branch scales it."""
-        stored = self.stored(expert).detach()
-        return stored if self.gain is None else self._scaled(stored.float())
+        return self._scaled(self.stored(expert).detach())
 
     def bias(self, expert: int | None = None) -> Tensor | None:
         """What the site (the expert) writes whatever its neurons do: float32 [hidden], or None."""
@@ -114,10 +115,11 @@ class Site:
             bias = self.module.down_proj_bias[expert] if self.module.has_bias else None
         else:
             bias = self.module.bias
-        return None if bias is None else self._scaled(bias.detach().float())
+        return None if bias is None else self._scaled(bias.detach()).float()
 
     def _scaled(self, written: Tensor) -> Tensor:
-        return written if self.gain is None else written * self.gain
+        written = written.to(self.device)
+        return written if self.gain is None else written.float() * self.gain.to(self.device)
 
 
 @dataclass
@@ -153,6 +155,7 @@ class LayerTrace:
 
 
 def _placed(whole: Tensor | None, rows: Tensor, total: int, part: Tensor) -> Tensor:
+    part = part.to(rows.device)  # layers may lie on several GPUs
     whole = scratch.empty((total, *part.shape[1:]), part) if whole is None else whole
     whole[rows] = part
     return whole
@@ -185,6 +188,8 @@ class Decomposition:
         self.sites = [site for i, layer in enumerate(self.layers) for site in _sites(i, layer, config)]
         self.norm = _final_norm(model)
         self.head = model.get_output_embeddings()
+        for site in self.sites:
+            site.device = self.device
         name = type(model).__name__
         if not self.sites:
             raise DecompositionError(f"{name}: no matrix that writes to the residual stream was found; not supported")

@@ -36,7 +36,8 @@ class Norm:
         ratio = (faint.abs().sum() / full.abs().sum()).double().square().item()
         eps = max(0.0, small**2 * (1 - ratio) / max(ratio - small**2, 1e-30))
         centred = bool((norm(one[None])[0].float() - bias).abs().max() < 1e-3 * full.abs().max())
-        return cls(full / spread * (1 + eps) ** 0.5, bias, centred, eps)
+        gain = full / spread.to(full.device) * (1 + eps) ** 0.5
+        return cls(gain.to(like.device), bias.to(like.device), centred, eps)
 
     def scale(self, residual: Tensor) -> Tensor:
         """1 / sigma of residuals [P, d]: float64 [P]."""

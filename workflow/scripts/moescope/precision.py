@@ -13,11 +13,16 @@ from moescope.decomposition import layers_of
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
-    """Matrix products of float32 tensors in full float32: TF32 and bfloat16 shortcuts off, settings restored after."""
+    """Matrix products of float32 tensors in full float32: TF32 and bfloat16 shortcuts off, settings restored after.
+
+    Raises RuntimeError where they stay on, be it by autocast.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        if torch.backends.cuda.matmul.allow_tf32 or torch.get_float32_matmul_precision() != "highest":
+        shortcut = torch.backends.cuda.matmul.allow_tf32 or torch.backends.mkldnn.matmul.fp32_precision != "ieee"
+        cast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+        if shortcut or cast or torch.get_float32_matmul_precision() != "highest":
             raise RuntimeError("float32 products are not exact: another library switches TF32 or bfloat16 on")
         yield
     finally:
