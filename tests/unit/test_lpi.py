@@ -166,6 +166,9 @@ def test_results_do_not_depend_on_how_prompts_and_neurons_are_grouped():
     for rows in ([0, 3, 7], [10]):
         part = {k: v[rows] if k in ("coefficients", "residual", "scale", "target") else v for k, v in x.items()}
         assert (fast(part)[0] - whole[rows]).abs().max() < 2e-6
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(1))
+    part = {k: v[order] if k in ("coefficients", "residual", "scale", "target") else v for k, v in x.items()}
+    assert (fast(part)[0] - whole[order]).abs().max() < 2e-6
     part = {**x, "values": x["values"][10:20], "coefficients": x["coefficients"][:, 10:20]}
     assert (fast(part)[0] - whole[:, 10:20]).abs().max() < 2e-6
 

@@ -218,9 +218,9 @@ def _first_order(base: Base, part: Neurons) -> Tensor:
     return part.coefficients * base.scale[rows, None].float() * (base.gradient[rows].float() @ part.values.float().T)
 
 
-def projected_elements(vocabulary: int) -> int:
-    """The most elements of [neurons, V] that are held at once."""
-    return max(_PROJECTED, vocabulary)
+def projected_elements(neurons: int, vocabulary: int) -> int:
+    """The most elements of [neurons, V] that are held at once, of a site with so many neurons."""
+    return min(neurons * vocabulary, max(_PROJECTED, vocabulary))
 
 
 def _blocks(neurons: int, heads: int, vocabulary: int) -> list[slice]:

@@ -11,14 +11,15 @@ from pathlib import Path
 import psutil
 from torch import nn
 
-from moescope.decomposition import layers_of
+from moescope.clean import BATCH_TOKENS
+from moescope.decomposition import Decomposition, layers_of
 from moescope.errors import MoescopeError
 from moescope.lpi import projected_elements
 
 #: What a process holds before it has loaded anything: libraries and their tables (bytes, measured).
-PROCESS = 600 * 2**20
-#: Tiles, buffers and scores of one site that come and go (bytes, measured on sites of up to 11,008 neurons).
-WORK = 500 * 2**20
+PROCESS = 500 * 2**20
+#: Tiles, buffers and scores of one site that come and go (bytes, measured).
+WORK = 300 * 2**20
 #: Fewer prompts than these are not scored together: the time would go into projecting neurons again and again.
 LEAST = 16
 #: Numbers of an allocator of the GNU C library: where its heap ends, and from what size on it asks the kernel.
@@ -31,18 +32,24 @@ class MemoryPlanError(MoescopeError):
 
 @dataclass(frozen=True)
 class Shape:
-    """What memory depends on: ``vocabulary``, ``hidden``, and the bytes of the largest ``layer`` in float32."""
+    """What memory depends on: ``vocabulary``, ``hidden``, the most ``neurons`` that are projected together, and in
+    bytes the largest ``layer`` in float32 and what a ``token`` leaves in it while it runs."""
 
     vocabulary: int
     hidden: int
+    neurons: int
     layer: int
+    token: int
 
     @classmethod
     def of(cls, model: nn.Module) -> Shape:
         """Of a loaded model."""
         vocabulary, hidden = model.get_output_embeddings().weight.shape
         layers = [sum(4 * p.numel() for p in layer.parameters()) for layer in layers_of(model)]
-        return cls(vocabulary, hidden, max(layers, default=0))
+        neurons = max((site.neurons for site in Decomposition(model).sites), default=0)
+        experts = getattr(model.config.get_text_config(), "num_experts_per_tok", None) or 1
+        token = 4 * (8 * hidden + experts * (2 * hidden + 3 * neurons))
+        return cls(vocabulary, hidden, neurons, max(layers, default=0), token)
 
 
 @dataclass(frozen=True)
@@ -60,9 +67,9 @@ def plan(shape: Shape, prompts: int, mem_mb: int | None = None) -> Plan:
     kernel may let go of both. Raises MemoryPlanError where not even ``LEAST`` prompts fit.
     """
     limit = available() if mem_mb is None else mem_mb * 2**20
-    unembedding = 4 * shape.vocabulary * shape.hidden
-    logits = 4 * prompts * shape.vocabulary
-    fixed = PROCESS + WORK + logits + max(shape.layer, unembedding + 4 * projected_elements(shape.vocabulary))
+    forward = shape.layer + BATCH_TOKENS * shape.token
+    scoring = 4 * (shape.vocabulary * shape.hidden + projected_elements(shape.neurons, shape.vocabulary))
+    fixed = PROCESS + WORK + 4 * prompts * shape.vocabulary + max(forward, scoring)
     each = 4 * shape.vocabulary  # probabilities
     least = min(prompts, LEAST)
     if fixed + least * each > limit:
