@@ -316,3 +316,30 @@ def test_float32_rounds_no_more_than_the_bounds_allow_for(peak, shared):
         absolute = base.prob.double() @ u.abs().pow(k).T
         error = (series._moment(None, k) - base.prob.double() @ projection.u.double().pow(k).T).abs()
         assert (error <= moments.ROUNDING * absolute).all()
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 0.999, 1 - 1e-9])
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_steps_that_move_the_whole_distribution(sign, share):
+    """One token holds most of p and the step moves just that one, either way: E_p[exp(m b)] is far from 1."""
+    vocabulary, neurons = 60, 80
+    weight = torch.zeros(vocabulary, 4)
+    weight[3, 0], weight[:, 1] = 1.0, torch.linspace(-0.01, 0.01, vocabulary)
+    offset = torch.zeros(vocabulary, dtype=torch.float64)
+    offset[3] = math.log(share / (1 - share) * (vocabulary - 1))
+    values = torch.zeros(neurons, 4)
+    values[:, 0] = 1.0
+    steps = sign * torch.logspace(-4, 0.8, neurons)
+    x = {
+        "weight": weight,
+        "offset": offset,
+        "values": values,
+        "coefficients": steps.expand(2, -1).clone(),
+        "residual": torch.zeros(2, 4),
+        "scale": torch.ones(2),
+        "target": torch.tensor([3, 7]),
+    }
+    truth = brute_force(**x)
+    scores, certificate, _ = fast(x)
+    assert ((scores - truth).abs() <= tolerance(truth, x["coefficients"]) * (1 + truth.abs())).all()
+    assert certificate["direct_share"] < 0.9, "the series must be tried"

@@ -105,7 +105,7 @@ class Series:
         self.bound = self.remainder + self.rounding
         self.direct = ~(self.bound <= tolerance)  # written so that NaN counts as failed
         self.bound[self.direct] = 0
-        self.curvature = torch.log1p(self.excess.clamp_min_(-0.5)) - expected
+        self.curvature = torch.log1p(self.excess.clamp_min_(-1 + 1e-12)) - expected
         self.curvature[self.direct] = 0
         self.left = self._evaluate()
 
