@@ -20,6 +20,8 @@ from moescope.lpi import projected_elements
 PROCESS = 500 * 2**20
 #: Tiles, buffers and scores of one site that come and go (bytes, measured).
 WORK = 300 * 2**20
+#: How much freed memory the process keeps (``keep_pages``).
+KEPT = 2**30
 #: Fewer prompts than these are not scored together: the time would go into projecting neurons again and again.
 LEAST = 16
 #: Numbers of an allocator of the GNU C library: where its heap ends, and from what size on it asks the kernel.
@@ -69,7 +71,8 @@ def plan(shape: Shape, prompts: int, mem_mb: int | None = None) -> Plan:
     limit = available() if mem_mb is None else mem_mb * 2**20
     forward = shape.layer + BATCH_TOKENS * shape.token
     scoring = 4 * (shape.vocabulary * shape.hidden + projected_elements(shape.neurons, shape.vocabulary))
-    fixed = PROCESS + WORK + 4 * prompts * shape.vocabulary + max(forward, scoring)
+    largest = max(forward, scoring)
+    fixed = PROCESS + WORK + 4 * prompts * shape.vocabulary + largest + min(largest, KEPT)
     each = 4 * shape.vocabulary  # probabilities
     least = min(prompts, LEAST)
     if fixed + least * each > limit:
@@ -99,4 +102,4 @@ def keep_pages() -> None:
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
         if mallopt is not None:
             mallopt(_MMAP_THRESHOLD, 64 * 2**20)
-            mallopt(_TRIM_THRESHOLD, 2**30)
+            mallopt(_TRIM_THRESHOLD, KEPT)
