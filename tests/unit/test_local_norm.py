@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescope import local_norm, lpi
-from moescope.readout import FinalNorm
+from moescope.norms import Norm
 
 EPS = 1e-5
 
@@ -54,7 +54,7 @@ def problem(
 def reading_of(x, cap=None):
     """(unembedding, norm, base) of a problem."""
     hidden = x["weight"].shape[1]
-    norm = FinalNorm(torch.ones(hidden), torch.zeros(hidden), x["centred"], EPS)
+    norm = Norm(torch.ones(hidden), torch.zeros(hidden), x["centred"], EPS)
     unembedding = lpi.Unembedding(x["weight"], x["offset"], cap)
     base = lpi.Base.of(unembedding, x["residual"], norm.scale(x["residual"]), x["target"])
     return unembedding, norm, base
@@ -306,7 +306,7 @@ def test_a_residual_of_no_size_left_is_an_error_without_eps():
     x = problem(19, neurons=11)
     x["values"], x["coefficients"] = -x["residual"], torch.eye(11)
     unembedding, norm, _ = reading_of(x)
-    norm = FinalNorm(norm.gain, norm.bias, norm.centred, 0.0)
+    norm = Norm(norm.gain, norm.bias, norm.centred, 0.0)
     base = lpi.Base.of(unembedding, x["residual"], norm.scale(x["residual"]), x["target"])
     with pytest.raises(lpi.NotFiniteError):
         local_norm.of_neurons(unembedding, norm, base, [lpi.Neurons(x["values"], x["coefficients"])])

@@ -277,7 +277,8 @@ def acquire(entry: Mapping[str, Any]) -> Iterator[Path]:
     """The directory to load the checkpoint from that a manifest describes, while the block runs: its own, or that of a
     copy that can be mapped into memory (``fused``).
 
-    Raises CheckpointError where a file is gone or has another size than the manifest says.
+    Raises CheckpointError where a file is gone or has another size than the manifest says, or where transformers does
+    not know what to do with it, and FusedError where no copy can be made.
     """
     directory = Path(entry["directory"])
     for name, facts in entry["files"].items():
@@ -285,7 +286,8 @@ def acquire(entry: Mapping[str, Any]) -> Iterator[Path]:
         if not path.is_file() or path.stat().st_size != facts["bytes"]:
             raise CheckpointError(f"{path}: is not the file of the manifest any more; run the workflow again")
     if entry["shape"]["experts"] and not entry["gguf_file"]:
-        directory = fused.mappable(directory, entry["files"], [n for n in entry["files"] if n in _SIDE_FILES])
+        with _told_in_one_line(f"{directory}: the model", "fetch it again or leave the step out"):
+            directory = fused.mappable(directory, entry["files"], [n for n in entry["files"] if n in _SIDE_FILES])
     yield directory
 
 
@@ -295,7 +297,8 @@ def load(
     """(model, tokenizer) of a checkpoint on disk: safetensors or GGUF, no code of the checkpoint is run.
 
     ``dtype`` is what the weights are stored in: ``auto`` keeps that of the files (GGUF: dequantised to float32). Raises
-    CheckpointError where weights are missing, have the wrong shape, or hold a NaN or an infinity.
+    CheckpointError where weights are missing, have the wrong shape, hold a NaN or an infinity, or are more than all
+    GPUs hold.
     """
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # parallel loading holds up to half the model twice
     import torch
@@ -313,6 +316,8 @@ def load(
         model, info = AutoModelForCausalLM.from_pretrained(
             directory, **source, **weights, **spread, output_loading_info=True, ignore_mismatched_sizes=True
         )
+    if any(weight.is_meta for weight in model.parameters()):
+        raise CheckpointError(f"{place}: the GPUs together do not hold its weights; give the job more or larger ones")
     for problem, what in {"missing_keys": "is missing", "mismatched_keys": "has the wrong shape"}.items():
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem, ())):
             raise CheckpointError(f"{place}: {keys[0]} {what}; fetch the checkpoint again or leave the step out")
@@ -345,6 +350,8 @@ def _told_in_one_line(what: str, cure: str) -> Iterator[None]:
     """Whatever goes wrong with a file of somebody else's inside transformers, as one line that names the file."""
     try:
         yield
+    except MoescopeError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{what} cannot be loaded ({_reason(error)}); {cure}") from error
 

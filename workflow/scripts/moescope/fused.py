@@ -7,20 +7,22 @@ used. The copy is made once, one tensor at a time, by transformers' own conversi
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from moescope import files
 from moescope.errors import MoescopeError
 
-#: What a copy says of itself: the sha256 of its own files and of those it was made from.
+#: What a copy says of itself: size and sha256 of its own files, sha256 of those it was made from.
 RECORD = "fused.json"
 #: Below this size a checkpoint is loaded as it is (bytes): a copy would save nothing.
 LEAST = 2**28
@@ -41,25 +43,28 @@ def mappable(directory: Path, sources: Mapping[str, Mapping[str, Any]], side_fil
     """The directory to load a mixture of experts from: its own, or a fused copy in the store, which is made if need be.
 
     ``sources``: bytes and sha256 of the files of the checkpoint by name, as in its manifest; ``side_files``: those of
-    them that hold no weights.
+    them that hold no weights. Raises FusedError where a file is not the one of the manifest, where a weight is not
+    finite, and where the disk is full or faulty.
     """
     weights = [name for name in sources if name not in side_files]
-    if sum(sources[name]["bytes"] for name in weights) < LEAST:
-        return directory
-    targets = _targets(directory, weights)
-    if all(source_pattern is None for _, source_pattern, _ in targets.values()):
+    size = sum(sources[name]["bytes"] for name in weights)
+    if size < LEAST:
         return directory
     place = store() / "fused" / _digest(sources)
-    if not _whole(place):
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix="part-", ignore_cleanup_errors=True) as part:
-            _write(Path(part), directory, targets, sources, side_files)
-            try:
-                os.rename(part, place)
-            except OSError:  # another process was faster, or an incomplete copy stands there
-                if not _whole(place):
-                    shutil.rmtree(place)
-                    os.rename(part, place)
+    if _whole(place):
+        return place
+    targets = _targets(directory, weights)
+    if all(target.conversion is None for target in targets.values()):
+        return directory
+    _verify(directory, sources)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    _require_room(place.parent, size)
+    part = place.parent / f"part-{uuid.uuid4().hex}"  # of this job alone, on whatever machine it runs
+    try:
+        _write(part, directory, targets, sources, side_files)
+        _move(part, place)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
     return place
 
 
@@ -89,43 +94,64 @@ def _whole(place: Path) -> bool:
         return False
 
 
-def _targets(directory: Path, weights: list[str]) -> dict[str, tuple[Any, str | None, list[tuple[str, str]]]]:
-    """By the model's own name of a tensor: the conversion that makes it, the pattern it matched (None: a plain tensor)
-    and what it is made from, (file, key) in the order of the experts."""
-    import torch
-    from safetensors import safe_open
-    from transformers import AutoConfig, AutoModelForCausalLM
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(directory, local_files_only=True))
-    mapping, known = get_model_conversion_mapping(model), model.state_dict()
-    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
-    converters = [m for m in mapping if isinstance(m, WeightConverter)]
-    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    keys = []
-    for name in weights:
-        with safe_open(directory / name, "pt") as file:
-            keys += [(key, name) for key in file.keys()]  # noqa: SIM118 (no dictionary)
-    found: dict[str, tuple[Any, str | None, list[tuple[str, str]]]] = {}
-    for key, name in sorted(keys, key=lambda pair: dot_natural_key(pair[0])):
-        target, pattern = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
-        if target not in known and key in known:
-            target, pattern = key, None
-        made_by = copy.deepcopy(by_pattern[pattern]) if pattern else None
-        conversion, _, parts = found.setdefault(target, (made_by, pattern, []))
-        parts.append((name, key))
-        if conversion is not None:
-            conversion.add_tensor(target, key, pattern, _Lazy(directory / name, key))
-    return found
+def _verify(directory: Path, sources: Mapping[str, Mapping[str, Any]]) -> None:
+    """A training run may have written new weights of the same sizes since the manifest was made: a copy of them would
+    stand under the name of the old ones for good."""
+    for name, facts in sources.items():
+        if files.sha256(directory / name) != facts["sha256"]:
+            raise FusedError(f"{directory / name}: is not the file of the manifest any more; run the workflow again")
 
 
+def _require_room(folder: Path, size: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise FusedError(
+            f"{folder}: a copy of the weights takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
+            "make room or name another folder in MOESCOPE_STORE"
+        )
+
+
+def _move(part: Path, place: Path) -> None:
+    """Give a copy its name, unless another job was faster; an incomplete one that has the name makes way."""
+    try:
+        os.rename(part, place)
+    except OSError:
+        if _whole(place):
+            return
+        aside = part.with_name(f"{part.name}-old")
+        with contextlib.suppress(FileNotFoundError):  # another job moved it
+            os.rename(place, aside)
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            os.rename(part, place)
+        except OSError:
+            if not _whole(place):
+                raise
+    _sync(place.parent)
+
+
+@dataclass
+class _Target:
+    """One tensor of the model, or several that are made together: the tensors of the checkpoint that it is made of, in
+    the order of the experts, and how (None: it is the one that there is)."""
+
+    model: Any
+    conversion: Any | None
+    parts: list[_Lazy] = field(default_factory=list)
+
+    def tensors(self, name: str) -> Mapping[str, Any]:
+        """By the model's own names; ``name`` is the first of them."""
+        if self.conversion is None:
+            return {name: self.parts[0]()}
+        return self.conversion.convert(name, model=self.model, config=self.model.config)
+
+
+@dataclass
 class _Lazy:
     """A tensor of a file that is read when it is called for."""
 
-    def __init__(self, path: Path, key: str):
-        self.path, self.key = path, key
+    path: Path
+    key: str
 
     def __call__(self) -> Any:
         from safetensors import safe_open
@@ -134,41 +160,100 @@ class _Lazy:
             return file.get_tensor(self.key)
 
 
-def _tensors(directory: Path, targets: Mapping[str, tuple]) -> Iterator[tuple[str, Any]]:
+def _targets(directory: Path, weights: list[str]) -> dict[str, _Target]:
+    """What the model is made of, by its own name of each tensor: as transformers matches them when it loads."""
+    import torch
+    from safetensors import safe_open
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+    config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    mapping, known = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [m for m in mapping if isinstance(m, WeightRenaming)]
+    converters = [m for m in mapping if isinstance(m, WeightConverter)]
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    parts = []
+    for name in weights:
+        with safe_open(directory / name, "pt") as file:
+            parts += [_Lazy(directory / name, key) for key in file.keys()]  # noqa: SIM118 (no dictionary)
+    found: dict[str, _Target] = {}
+    for part in sorted(parts, key=lambda p: dot_natural_key(p.key)):
+        name, pattern = rename_source_key(part.key, renamings, converters, model.base_model_prefix, known)
+        if name not in known and part.key in known:
+            name, pattern = part.key, None
+        conversion = copy.deepcopy(by_pattern[pattern]) if pattern else None
+        target = found.setdefault(name, _Target(model, conversion))
+        target.parts.append(part)
+        if target.conversion is not None:
+            target.conversion.add_tensor(name, part.key, pattern, part)
+    return found
+
+
+def _tensors(targets: Mapping[str, _Target]) -> Iterator[tuple[str, Any]]:
     """(name, tensor) of all that the model holds, one after the other."""
-    for target, (conversion, _, parts) in targets.items():
-        if conversion is None:
-            ((name, key),) = parts
-            yield target, _Lazy(directory / name, key)()
-        else:
-            made = conversion.convert(target)
-            yield from ((key, value[0] if isinstance(value, list) else value) for key, value in made.items())
+    for first, target in targets.items():
+        made = dict(target.tensors(first))
+        for name in list(made):  # none is kept here while the next one is made
+            value = made.pop(name)
+            yield name, value[0] if isinstance(value, list) else value
+            del value
 
 
-def _write(part: Path, directory: Path, targets: Mapping[str, tuple], sources: Mapping, side_files: list[str]) -> None:
-    from safetensors.torch import save_file
-
+def _write(
+    part: Path, directory: Path, targets: Mapping[str, _Target], sources: Mapping, side_files: list[str]
+) -> None:
+    """Put a copy into a new folder: weights, index, whatever else belongs to the checkpoint, and its record."""
+    part.mkdir()
     index: dict[str, str] = {}
     held: dict[str, Any] = {}
 
     def flush() -> None:
         name = f"model-{len(set(index.values())):05d}.safetensors"
-        save_file(held, part / name, metadata={"format": "pt"})
+        _save(held, part / name)
         index.update(dict.fromkeys(held, name))
         held.clear()
 
-    for name, tensor in _tensors(directory, targets):
+    for name, tensor in _tensors(targets):
         if not finite(tensor):
             raise FusedError(f"{directory}: {name} holds a NaN or an infinity; fetch it again or leave the step out")
         held[name] = tensor.contiguous()
+        del tensor  # what was written must not stay beside what is made next
         if sum(t.nbytes for t in held.values()) >= _SHARD:
             flush()
     if held:
         flush()
-    (part / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    files.write_json({"metadata": {}, "weight_map": index}, part / "model.safetensors.index.json")
     for name in side_files:
         if not name.endswith(".index.json"):
-            shutil.copy2(directory / name, part / name)
-    made = [p for p in part.iterdir() if p.name != RECORD]
-    own = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(made)}
+            shutil.copyfile(directory / name, part / name)
+    own = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(part.iterdir())}
     files.write_json({"files": own, "made_from": {n: f["sha256"] for n, f in sources.items()}}, part / RECORD)
+    for path in (*part.iterdir(), part):
+        _sync(path)
+
+
+def _save(tensors: Mapping[str, Any], path: Path) -> None:
+    """Write a weight file and read it back from the disk."""
+    import torch
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    save_file(tensors, path, metadata={"format": "pt"})
+    _sync(path)
+    with safe_open(path, "pt") as file:
+        if not all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items()):
+            raise FusedError(f"{path}: is not what was written; check the disk or name another in MOESCOPE_STORE")
+
+
+def _sync(path: Path) -> None:
+    """Make sure that a file or the names in a folder are on the disk, and that the next read comes from there."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(handle)

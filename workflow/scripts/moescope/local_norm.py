@@ -27,15 +27,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from moescope import lpi, moments
-from moescope.moments import Projection
+from moescope import lpi
+from moescope.moments import MISREAD, ROUNDING, Projection
 from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding, target_log_prob
 
 #: Elements of [neurons, V] that are held at once, of one tile of powers, and of one direct evaluation.
 _PROJECTED, _TILE, _DIRECT = 2**26, 2**20, 2**19
-#: Rounding of a float32 moment, or expectation, relative to the sum of its absolute terms, and of a float32 element of
-#: W v relative to the norms of both (``moments``).
-_ROUNDING, _MISREAD = moments.ROUNDING, moments.MISREAD
 #: The highest order of the expansion, and how many cross moments cost as much as one pair by the definition (measured
 #: between 130 and 300).
 _MAX_ORDER, _DIRECT_COST = 9, 200
@@ -135,8 +132,8 @@ class _Reading:
 class _Moves:
     """How the vectors of neurons move the logits: by ``change`` a + ``m`` W v, change = s - 1, [p, n] float64.
 
-    ``first`` [p, n]: what the target's logit gains over the mean logit; ``gained`` [p, n] the sum of the sizes of its
-    two terms; ``cancels`` [p, n]: where r and c v almost cancel, and s has lost its digits.
+    ``first`` [p, n]: what the target's logit gains over the mean logit; ``cancels`` [p, n]: where r and c v almost
+    cancel, and s has lost its digits.
     """
 
     def __init__(self, reading: _Reading, neurons: lpi.Neurons):
@@ -151,8 +148,7 @@ class _Moves:
         self.cancels = root < _CANCELS
         self.change = -x / (root * (1 + root))
         self.m = base.scale[:, None] * c / root
-        temperature, direction = self.change * of_r[:, None], self.m * of_v
-        self.first, self.gained = temperature + direction, temperature.abs() + direction.abs()
+        self.first = self.change * of_r[:, None] + self.m * of_v
         if not self.first.isfinite().all():
             raise NotFiniteError("coefficients, values or residuals are not finite: check the weights")
 
@@ -209,11 +205,10 @@ class _Series:
         self.orders = torch.full_like(projection.largest, 2, dtype=torch.long)
         neurons = torch.arange(len(values), device=mean.device)
         self._extend(neurons, 2)
-        # what float32 rounds: the moments, W v, and the expected row that the first order rests on
-        size = (2 * self.even).sqrt()  # at least the root mean square of X
-        spread = size * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
-        misread = _MISREAD * self.w.abs() * base.width[:, None]
-        self.rounding = _ROUNDING * (spread.square() + size + moves.gained[:, some]) + misread * spread
+        # what float32 rounds: the moments and W v; the root is at least the root mean square of X
+        spread = (2 * self.even).sqrt() * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
+        misread = MISREAD * self.w.abs() * base.width[:, None]
+        self.rounding = 0.5 * ROUNDING * spread.square() + misread * spread
         # steps whose powers make matter what underflows in those of a and u
         self.rounding[(self.t.abs() > 1e4) | (self.w.abs() > 1e4) | moves.cancels[:, some]] = torch.inf
         for order in range(3, _MAX_ORDER + 1):
