@@ -45,6 +45,22 @@ FAMILIES = {
     "cohere": {"logit_scale": 0.25},
     "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
 }
+#: Families that differ in how layers are put together or read: parallel branches with biases, a head with a bias, norms
+#: on both sides of a branch, experts behind a multiplier, a factor of the logits under a third name.
+LAYOUTS = {
+    "gpt_neox": {},
+    "phi": {},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
+    "glm4": {"head_dim": 8},
+    "granitemoe": {
+        "intermediate_size": 24,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "residual_multiplier": 0.3,
+        "logits_scaling": 2.5,
+    },
+    "hyperclovax": {"residual_multiplier": 0.4, "logits_scaling": 0.6},
+}
 FACTS = [
     ("capital", "France", "Paris"),
     ("capital", "the United Mexican States", "Mexico City"),
@@ -61,7 +77,7 @@ TEMPLATES = {"capital": "The capital of {} is", "language": "In {} they speak"}
 
 def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **over: object) -> torch.nn.Module:
     """A model of a family with random weights, large enough that every part matters."""
-    shape = {"vocab_size": len(tokenizer()), **SHAPE, **FAMILIES.get(name, {}), **over}
+    shape = {"vocab_size": len(tokenizer()), **SHAPE, **{**FAMILIES, **LAYOUTS}.get(name, {}), **over}
     config = transformers.AutoConfig.for_model(shape.pop("_type", name), **shape)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
@@ -104,3 +120,9 @@ def prompts(times: int = 1) -> pl.DataFrame:
         for i, (relation, subject, answer) in enumerate(FACTS)
     ]
     return pl.DataFrame(rows).sort("prompt_id")
+
+
+def anonymous_memory() -> int:
+    """Bytes that this process holds in memory and no file backs (Linux)."""
+    with open("/proc/self/status", encoding="ascii") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon"))

@@ -8,7 +8,7 @@ from moescope import clean, targets
 from moescope.decomposition import (
     Decomposition,
     DecompositionError,
-    decoder_of,
+    layers_of,
     routed_rows,
 )
 from tests.model import models
@@ -20,14 +20,14 @@ def trace_of(model, times=1):
     return Decomposition(model).trace(clean.batched(tokens, torch.device("cpu")))
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", [*models.FAMILIES, *models.LAYOUTS])
 def test_contributions_sum_to_what_each_layer_wrote(name):
     """Neuron by neuron, with the layers' inputs and outputs taken by hooks of the test's own, one prompt at a time."""
     model = models.build(name)
     trace = trace_of(model)
     rows = models.prompts().to_dicts()
     for p, target in enumerate(targets.find(models.tokenizer(), rows)):
-        seen, layers = [], decoder_of(model).layers
+        seen, layers = [], layers_of(model)
         keep = lambda m, a, out, seen=seen: seen.append((a[0][0, -1].double(), out[0, -1].double()))  # noqa: E731
         hooks = [layer.register_forward_hook(keep) for layer in layers]
         with torch.no_grad():
@@ -44,14 +44,44 @@ def test_contributions_sum_to_what_each_layer_wrote(name):
                         for j in range(site.neurons):
                             total += c[k, j] * site.values(e)[j].double()
                 else:
+                    bias = site.module.bias if isinstance(site.module, nn.Linear) else None
+                    total += 0 if bias is None else bias.detach().double()
                     for j in range(site.neurons):
                         total += c[j] * site.values()[j].double()
             assert (total - after).abs().max() <= 1e-5 * (after - before).abs().max()
 
 
-@pytest.mark.parametrize("name", models.FAMILIES)
+@pytest.mark.parametrize("name", [*models.FAMILIES, *models.LAYOUTS])
 def test_the_check_passes_with_room_to_spare(name):
     assert trace_of(models.build(name)).verified() < 2e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "over"),
+    [
+        ("olmo2", {"attention_bias": True}),
+        ("granite", {"attention_bias": True, "mlp_bias": True}),
+        ("gpt_oss", {"intermediate_size": 24, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8}),
+    ],
+)
+def test_biases_are_scaled_as_the_neurons_are(name, over):
+    """Behind a norm, behind a multiplier, and with the router's weight of the expert whose bias it is."""
+    trace = trace_of(models.build(name, **over))
+    assert any(site.bias(0) is not None for site in trace.decomposition.sites)
+    assert trace.verified() < 2e-6
+
+
+@pytest.mark.parametrize("name", ["olmo2", "flex_olmo", "gemma2"])
+def test_the_values_behind_a_norm_do_not_depend_on_the_prompt(name):
+    """All that a norm does differently from prompt to prompt is one factor of all coefficients of its branch."""
+    model = models.build(name)
+    one, other = Decomposition(model), Decomposition(model)
+    for decomposition, ids in ((one, (5, 6, 7)), (other, (200, 9))):
+        decomposition.trace(clean.batched([ids], torch.device("cpu"))).verified()
+    for site, same in zip(one.sites, other.sites, strict=True):
+        assert site.gain is not None
+        assert torch.equal(site.values(0), same.values(0))
+        assert not torch.allclose(site.values(0), site.stored(0), rtol=1e-2)
 
 
 def test_sites_of_a_layer_with_shared_and_routed_experts():
@@ -126,6 +156,16 @@ def test_a_coefficient_that_is_off_is_noticed():
     trace.layers[1].coefficients[site.name][2] *= 1.001
     with pytest.raises(DecompositionError, match="miss the residual stream"):
         trace.verified()
+
+
+def test_a_norm_behind_a_branch_whose_gain_depends_on_what_it_reads_is_refused():
+    """A module that looks like a norm on probes but is none: only the sum of the contributions tells."""
+    model = models.build("olmo2")
+    norm = model.model.layers[1].post_feedforward_layernorm
+    forward = norm.forward
+    norm.forward = lambda x: forward(x) * (1 + 0.01 * torch.tanh(x[..., :1] - x[..., 1:2]) ** 2 * (x[..., 2:3] > 0))
+    with pytest.raises(DecompositionError, match="miss the residual stream"):
+        trace_of(model).verified()
 
 
 def test_nan_does_not_pass_the_check():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import gguf
 import numpy as np
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -151,6 +152,31 @@ def test_weights_of_two_dtypes_are_all_float32(olmoe: Path):
     for name, weight in expected.named_parameters():
         weight.data = weight.data.bfloat16().float() if "experts" in name else weight.data
     assert_equal_weights(model, expected)
+
+
+def test_a_checkpoint_of_two_dtypes_stays_narrow_where_the_model_keeps_the_wide_ones(tmp_path: Path):
+    """Ernie computes its routers in float32 whatever the rest is stored in: nothing is rounded, nothing is copied."""
+    shape = {"moe_num_experts": 6, "moe_k": 2, "moe_intermediate_size": 24, "moe_num_shared_experts": 2}
+    stored = models.build("ernie4_5_moe", **shape)
+    routers = [
+        n for n, _ in stored.named_parameters() if n.endswith(("gate.weight", "moe_statics.e_score_correction_bias"))
+    ]
+    assert routers
+    for name, weight in stored.named_parameters():
+        weight.data = weight.data if name in routers else weight.data.bfloat16()
+    stored.save_pretrained(tmp_path, save_original_format=False)
+    models.tokenizer().save_pretrained(tmp_path)
+    model, _ = checkpoints.load(tmp_path)
+    assert_equal_weights(model, stored)
+    change_weights(tmp_path, lambda w: w.update({"model.norm.weight": w["model.norm.weight"].float() * 1.001}))
+    assert {p.dtype for p in checkpoints.load(tmp_path)[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("key", ["model.layers.0.self_attn.rotary_emb.inv_freq"])
+def test_frequencies_that_old_checkpoints_hold_do_not_count(tmp_path: Path, key: str):
+    directory = save(tmp_path / "step7", "llama", torch.bfloat16)
+    change_weights(directory, lambda w: w.update({key: torch.ones(4)}))
+    assert_equal_weights(checkpoints.load(directory)[0], models.build("llama", dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize(
@@ -318,6 +344,54 @@ def test_stored_in_16_bits_computes_as_stored_in_32(tmp_path: Path, name: str, d
     assert hashlib.sha256((directory / "model.safetensors").read_bytes()).hexdigest() == before
 
 
+@pytest.mark.parametrize("name", ["gemma3_text", "granite", "cohere"])
+def test_an_embedding_that_computes_does_so_in_float32(name: str):
+    """Gemma multiplies inside its embedding, by a number that bfloat16 rounds; Granite behind it."""
+    narrow = models.build(name, dtype=torch.bfloat16, **({"head_dim": 8} if "gemma" in name else {}))
+    wide = models.build(name, **({"head_dim": 8} if "gemma" in name else {}))
+    for parameter, stored in zip(wide.parameters(), narrow.parameters(), strict=True):
+        parameter.data = stored.data.float()
+    own = dict(wide.named_buffers())
+    for key, buffer in narrow.named_buffers():  # what casting the model has rounded; loading does not
+        buffer.data = own[key].data.clone()
+    expected = outputs(wide)
+    with computing_in_float32(narrow):
+        assert all(torch.equal(one, other) for one, other in zip(outputs(narrow), expected, strict=True))
+
+
+def test_of_an_embedding_only_the_rows_looked_up_are_upcast():
+    model = models.build("llama", dtype=torch.bfloat16)
+    embedding, seen = model.get_input_embeddings(), []
+    place = embedding.weight.data_ptr()
+    with computing_in_float32(model):
+        embedding.register_forward_hook(lambda m, _, rows: seen.append((m.weight.data_ptr(), m.weight.dtype, rows)))
+        outputs(model)
+    ((pointer, dtype, rows),) = seen
+    assert (pointer, dtype, rows.dtype) == (place, torch.bfloat16, torch.float32)
+    assert torch.equal(rows, embedding.weight[batch(model.config.vocab_size)["input_ids"]].float())
+
+
+@pytest.mark.skipif(not psutil.LINUX, reason="reads how memory is held from /proc")
+def test_a_pass_over_a_mapped_model_holds_one_layer_in_float32(tmp_path: Path):
+    """Six layers of 27 MB in bfloat16, 54 MB in float32, and an embedding and a head of 8 MB each."""
+    shape = {"hidden_size": 256, "intermediate_size": 1088, "num_experts": 16, "num_hidden_layers": 6}
+    model = models.build("olmoe", dtype=torch.bfloat16, vocab_size=16_000, **shape)
+    model.save_pretrained(tmp_path, save_original_format=False)
+    models.tokenizer().save_pretrained(tmp_path)
+    del model
+    model, _ = checkpoints.load(tmp_path)
+    layers, during = model.model.layers, []
+    for module in (*(layer.mlp for layer in layers), model.model.norm, model.lm_head):
+        module.register_forward_hook(lambda *_: during.append(models.anonymous_memory()))
+    layer = 4 * sum(p.numel() for p in layers[0].parameters())
+    before = models.anonymous_memory()
+    with torch.no_grad(), computing_in_float32(model):
+        model(torch.arange(32)[None], use_cache=False)
+    assert layer > 5e7
+    assert max(during) - before < 1.2 * layer
+    assert models.anonymous_memory() - before < 0.2 * layer
+
+
 def hooks(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -422,6 +496,20 @@ def test_shortcuts_of_products_are_off_inside_and_back_after(setting: str):
         assert torch.backends.cuda.matmul.allow_tf32 == tf32
 
 
+@pytest.mark.parametrize(("conv", "rnn"), [("tf32", "tf32"), ("none", "none"), ("ieee", "ieee"), ("ieee", "tf32")])
+def test_shortcuts_of_convolutions_are_off_inside_and_back_after(conv: str, rnn: str):
+    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn.conv
+    cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, mkldnn.fp32_precision = conv, rnn, "bf16"
+    try:
+        with exact_products():
+            assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, mkldnn.fp32_precision) == ("ieee",) * 3
+            assert not cudnn.allow_tf32  # the old way to ask, which raises where old and new disagree
+        assert (cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, mkldnn.fp32_precision) == (conv, rnn, "bf16")
+    finally:
+        cudnn.allow_tf32 = True
+        cudnn.conv.fp32_precision, cudnn.rnn.fp32_precision, mkldnn.fp32_precision = "tf32", "tf32", "none"
+
+
 def test_autocast_is_refused():
     with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="not exact"), exact_products():
         pass
@@ -436,6 +524,14 @@ def test_weights_that_one_gpu_does_not_hold_are_spread_over_all(gpus: int, size:
     if spread:
         assert set(found["max_memory"]) == {0, 1}, "nothing may go to the CPU or the disk"
     assert checkpoints._over_gpus("cpu", size) == {}
+
+
+def test_weights_that_all_gpus_together_do_not_hold_are_refused(llama: Path, tmp_path: Path, monkeypatch):
+    """accelerate then leaves the rest on the disk, where nothing can read or zero it."""
+    rest = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "rest")}
+    monkeypatch.setattr(checkpoints, "_over_gpus", lambda *_: rest)
+    with refused(f"{llama}: the GPUs together do not hold its weights"):
+        checkpoints.load(llama, device="cuda")
 
 
 # GGUF

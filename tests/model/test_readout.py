@@ -6,12 +6,14 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from polars.testing import assert_frame_equal
 from torch import nn
 
 from moescope import ablation, attribution, lpi
 from moescope.clean import CleanRun
-from moescope.decomposition import DecompositionError, decoder_of
+from moescope.decomposition import Decomposition, DecompositionError
 from moescope.norms import Norm
+from moescope.readout import ReadoutError
 from tests.model import models
 
 
@@ -55,9 +57,84 @@ def heads():
         "olmo2": same,
         "flex_olmo": same,
         "gemma2": lambda z: 4 * torch.tanh(z / 4),
+        "gemma3_text": lambda z: 3 * torch.tanh(z / 3),
         "granite": lambda z: z / 2.5,
+        "granitemoe": lambda z: z / 2.5,
         "cohere": lambda z: z * 0.25,
+        "hyperclovax": lambda z: z * 0.6,
+        "gpt_neox": same,
+        "phi": same,
+        "glm4": same,
     }
+
+
+#: Families whose two branches read the same residual.
+PARALLEL = {"cohere", "gpt_neox", "phi"}
+
+
+@pytest.mark.parametrize("name", heads())
+def test_the_read_out_of_the_last_residual_is_the_models_own(name):
+    run = CleanRun.of(models.build(name), models.tokenizer(), models.prompts())
+    mine = run.readout.unembedding.log_probs(run.trace.final, run.readout.scale)
+    assert (mine - run.trace.logits.double().log_softmax(-1)).abs().max() < 1e-5
+    assert torch.allclose(run.readout.log_prob(run.trace.final), mine.gather(1, run.target[:, None])[:, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["granite", "cohere", "hyperclovax", "gemma2"])
+def test_a_bias_of_the_head_is_scaled_and_capped_with_its_logits(name):
+    model = models.build(name)
+    head = nn.Linear(32, len(model.lm_head.weight))
+    nn.init.normal_(head.bias)
+    head.weight = model.lm_head.weight
+    model.lm_head = head
+    run = CleanRun.of(model, models.tokenizer(), models.prompts())
+    mine = run.readout.unembedding.log_probs(run.trace.final, run.readout.scale)
+    assert (mine - run.trace.logits.double().log_softmax(-1)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_a_factor_of_the_logits_is_measured_whatever_its_name(cap):
+    """A factor that no configuration names; the unembedding holds it to the precision of float32."""
+    model = models.build("gemma2", final_logit_softcapping=cap)
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: 0.37 * head(x)
+    readout = CleanRun.of(model, models.tokenizer(), models.prompts()).readout
+    assert readout.unembedding.cap == cap
+    expected = 0.37 * model.lm_head.weight * readout.norm.gain
+    assert torch.allclose(readout.unembedding.weight, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("wrong", [lambda z: z * (1 + 0.02 * z[..., :1].sigmoid()), lambda z: z + 0.01 * z.square()])
+def test_logits_that_no_factor_and_no_cap_explain_are_refused(wrong):
+    """A temperature that depends on the prompt; a curved map."""
+    model = models.build("granite")
+    head = model.lm_head.forward
+    model.lm_head.forward = lambda x: wrong(head(x))
+    with pytest.raises(ReadoutError, match=r"GraniteForCausalLM: logits are not an affine map .* \(off by .* nats\)"):
+        CleanRun.of(model, models.tokenizer(), models.prompts())
+
+
+def test_a_final_norm_that_is_none_is_refused():
+    """Root mean square in probes, but another power of it at other sizes."""
+    model = models.build("llama")
+    norm = model.model.norm.forward
+    model.model.norm.forward = lambda x: norm(x) * x.square().mean(-1, keepdim=True).clamp(min=2).log2()
+    with pytest.raises(ReadoutError, match="not an affine map"):
+        CleanRun.of(model, models.tokenizer(), models.prompts())
+
+
+@pytest.mark.parametrize("name", ["olmo2", "gemma2", "granitemoe"])
+def test_weights_stored_in_bfloat16_give_the_float32_results(name):
+    """Gains are measured and folded in while the norms compute in float32, and the stored weights stay as they are."""
+    stored = models.build(name, dtype=torch.bfloat16)
+    for key, buffer in models.build(name).named_buffers():  # casting rounds them, loading a checkpoint does not
+        stored.get_submodule(key.rpartition(".")[0])._buffers[key.rpartition(".")[2]] = buffer
+    whole = copy.deepcopy(stored).float()
+    before = [p.clone() for p in stored.parameters()]
+    one, two = (attribution.attribute(m, models.tokenizer(), models.prompts()) for m in (stored, whole))
+    for table in one:
+        assert_frame_equal(one[table], two[table], check_exact=True)
+    assert all(torch.equal(a, b) for a, b in zip(before, stored.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("name", heads())
@@ -68,12 +145,15 @@ def test_scores_are_what_the_models_own_norm_and_head_say(name):
     model, prompts = models.build(name), models.prompts()
     run = CleanRun.of(model, models.tokenizer(), prompts)
     wide = copy.deepcopy(model).double()
-    norm, head, finish = decoder_of(wide).norm, wide.lm_head, heads()[name]
+    norm, head, finish = Decomposition(wide).norm, wide.get_output_embeddings(), heads()[name]
     measured = run.readout.norm
 
     def log_prob(residual, final, target):
-        own = norm(residual[None])[0] * (measured.scale(final[None]) / measured.scale(residual[None]))
-        return finish(head(own)).log_softmax(0)[target]
+        bias = getattr(norm, "bias", None)  # no part of what the statistic divides
+        bias = 0 if bias is None else bias
+        own = norm(residual[None])[0] - bias
+        frozen = own * (measured.scale(final[None]) / measured.scale(residual[None])) + bias
+        return finish(head(frozen)).log_softmax(0)[target]
 
     for site in run.decomposition.at(1):
         record = run.trace.layers[1]
@@ -95,7 +175,7 @@ def test_scores_are_what_the_models_own_norm_and_head_say(name):
                 assert abs(found[p, j] - truth) <= 3e-6 * (1 + abs(truth)), (site, p, j)
 
 
-@pytest.mark.parametrize("name", [name for name in heads() if name != "cohere"])
+@pytest.mark.parametrize("name", [name for name in heads() if name not in PARALLEL])
 @pytest.mark.parametrize("norm", ["final", "local"])
 def test_layers_telescope_to_the_models_log_probability(name, norm):
     """The components of all layers of a sequential model add up to log p at its end less that at its beginning."""
@@ -116,5 +196,5 @@ def test_ablation_refuses_branches_that_are_scaled(name):
 def test_a_centring_norm_behind_a_branch_is_refused():
     model = models.build("olmo2")
     model.model.layers[1].post_feedforward_layernorm = nn.LayerNorm(32)
-    with pytest.raises(DecompositionError, match="a norm behind a branch that centres or shifts"):
+    with pytest.raises(DecompositionError, match="layer 1: the norm behind mlp centres or shifts"):
         attribution.attribute(model, models.tokenizer(), models.prompts())

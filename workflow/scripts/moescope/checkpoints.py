@@ -14,6 +14,7 @@ import os
 import re
 import struct
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -296,9 +297,10 @@ def load(
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a checkpoint on disk: safetensors or GGUF, no code of the checkpoint is run.
 
-    ``dtype`` is what the weights are stored in: ``auto`` keeps that of the files (GGUF: dequantised to float32). Raises
-    CheckpointError where weights are missing, have the wrong shape, hold a NaN or an infinity, or are more than all
-    GPUs hold.
+    ``dtype`` is what the weights are stored in: ``auto`` keeps that of the files. GGUF is dequantised to float32, and
+    files of several dtypes are float32 throughout, unless the model itself keeps those in float32 that do not have the
+    commonest. Raises CheckpointError where weights are missing, have the wrong shape, hold a NaN or an infinity, or are
+    more than all GPUs hold.
     """
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # parallel loading holds up to half the model twice
     import torch
@@ -306,16 +308,24 @@ def load(
 
     directory = Path(directory)
     paths = checkpoint_files(directory, gguf_file)
-    stored = getattr(torch, _stored_dtype(paths) if dtype == "auto" else dtype)
+    common, others = _stored_dtypes(paths)
     place = paths[0] if gguf_file else directory
     # unless told otherwise, transformers asks on the terminal whether to run the code that comes with a checkpoint
     source = {"local_files_only": True, "trust_remote_code": False, **({"gguf_file": gguf_file} if gguf_file else {})}
-    weights = {"dtype": stored, **({} if gguf_file else {"use_safetensors": True})}
     spread = _over_gpus(device, sum(path.stat().st_size for path in paths))
-    with _told_in_one_line(f"{place}: the model", "fetch it again or leave the step out"):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            directory, **source, **weights, **spread, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+    how = {**source, **({} if gguf_file else {"use_safetensors": True}), **spread}
+
+    def read(stored: str) -> tuple[Any, dict]:
+        with _told_in_one_line(f"{place}: the model", "fetch it again or leave the step out"):
+            return AutoModelForCausalLM.from_pretrained(
+                directory, **how, dtype=getattr(torch, stored), output_loading_info=True, ignore_mismatched_sizes=True
+            )
+
+    model, info = read(common if dtype == "auto" else dtype)
+    if dtype == "auto" and common != "float32" and others:
+        held = {name: weight.dtype for name, weight in model.state_dict().items()}
+        if any(held.get(name) != torch.float32 for name in others):
+            model, info = read("float32")
     if any(weight.is_meta for weight in model.parameters()):
         raise CheckpointError(f"{place}: the GPUs together do not hold its weights; give the job more or larger ones")
     for problem, what in {"missing_keys": "is missing", "mismatched_keys": "has the wrong shape"}.items():
@@ -361,9 +371,15 @@ def _reason(error: Exception) -> str:
     return textwrap.shorten(f"{type(error).__name__}: {error}", 200, placeholder=" ...")
 
 
-def _stored_dtype(paths: list[Path]) -> str:
-    """The floating dtype of all weights, float32 where they differ or come as GGUF."""
+def _stored_dtypes(paths: list[Path]) -> tuple[str, list[str]]:
+    """The floating dtype of most weights (of a GGUF file: float32), and the names of those that have another."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-    weights = [p for p in paths if p.suffix == ".safetensors"]
-    found = {tensor["dtype"] for path in weights for tensor in safetensors_header(path).values()} & names.keys()
-    return names[found.pop()] if len(found) == 1 else "float32"
+    headers = [safetensors_header(path) for path in paths if path.suffix == ".safetensors"]
+    found = {name: tensor for header in headers for name, tensor in header.items() if tensor["dtype"] in names}
+    count: Counter[str] = Counter()
+    for tensor in found.values():
+        count[tensor["dtype"]] += math.prod(tensor["shape"])
+    common = max(sorted(count), key=count.get, default="F32")
+    # old checkpoints hold frequencies of rotary embeddings, which a model computes
+    others = [n for n, tensor in found.items() if tensor["dtype"] != common and not n.endswith("rotary_emb.inv_freq")]
+    return names[common], others

@@ -420,7 +420,8 @@ class _Recorder:
                 y = self.take(args[0])
                 norm = Norm.of(module, y[0])
                 if norm.centred or norm.bias.any():
-                    raise DecompositionError("a norm behind a branch that centres or shifts; not supported")
+                    where = f"layer {sites[0].layer}: the norm behind {branch}"
+                    raise DecompositionError(f"{where} centres or shifts what it wrote; such a model is not supported")
                 record.factors[branch] = multiplier * norm.scale(y)[:, None].float()
                 for site in sites:
                     site.gain = norm.gain if site.branch == branch else site.gain

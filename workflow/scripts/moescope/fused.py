@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,17 +132,17 @@ def _move(part: Path, place: Path) -> None:
 
 @dataclass
 class _Target:
-    """One tensor of the model, or several that are made together: the tensors of the checkpoint that it is made of, in
-    the order of the experts, and how (None: it is the one that there is)."""
+    """One tensor of the model, or several that are made together, by a conversion that holds what it takes, or as the
+    one tensor of the checkpoint that it is."""
 
     model: Any
     conversion: Any | None
-    parts: list[_Lazy] = field(default_factory=list)
+    source: _Lazy
 
     def tensors(self, name: str) -> Mapping[str, Any]:
         """By the model's own names; ``name`` is the first of them."""
         if self.conversion is None:
-            return {name: self.parts[0]()}
+            return {name: self.source()}
         return self.conversion.convert(name, model=self.model, config=self.model.config)
 
 
@@ -185,8 +185,7 @@ def _targets(directory: Path, weights: list[str]) -> dict[str, _Target]:
         if name not in known and part.key in known:
             name, pattern = part.key, None
         conversion = copy.deepcopy(by_pattern[pattern]) if pattern else None
-        target = found.setdefault(name, _Target(model, conversion))
-        target.parts.append(part)
+        target = found.setdefault(name, _Target(model, conversion, part))
         if target.conversion is not None:
             target.conversion.add_tensor(name, part.key, pattern, part)
     return found

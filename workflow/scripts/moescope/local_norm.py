@@ -28,11 +28,15 @@ import torch
 from torch import Tensor
 
 from moescope import lpi
-from moescope.moments import MISREAD, ROUNDING, Projection
+from moescope.moments import MISREAD, Projection
 from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding, target_log_prob
 
-#: Elements of [neurons, V] that are held at once, of one tile of powers, and of one direct evaluation.
-_PROJECTED, _TILE, _DIRECT = 2**26, 2**20, 2**19
+#: Elements of [neurons, V] that are held at once, and of one direct evaluation.
+_PROJECTED, _DIRECT = 2**26, 2**19
+#: The most tokens that a float32 product adds up, and how that rounds a moment relative to the sum of its absolute
+#: terms: where one token is nearly all of the sum, every other one may lose half a unit of its last place.
+_DEPTH = 2**9
+_ROUNDING = _DEPTH * 2**-25
 #: The highest order of the expansion, and how many cross moments cost as much as one pair by the definition (measured
 #: between 130 and 300).
 _MAX_ORDER, _DIRECT_COST = 9, 200
@@ -208,7 +212,7 @@ class _Series:
         # what float32 rounds: the moments and W v; the root is at least the root mean square of X
         spread = (2 * self.even).sqrt() * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
         misread = MISREAD * self.w.abs() * base.width[:, None]
-        self.rounding = 0.5 * ROUNDING * spread.square() + misread * spread
+        self.rounding = 0.5 * _ROUNDING * spread.square() + misread * spread
         # steps whose powers make matter what underflows in those of a and u
         self.rounding[(self.t.abs() > 1e4) | (self.w.abs() > 1e4) | moves.cancels[:, some]] = torch.inf
         for order in range(3, _MAX_ORDER + 1):
@@ -240,8 +244,8 @@ class _Series:
         """E_p[a^i u^(k-i)] of some neurons for i = 0 .. k - 1, [k, p, neurons] float64, and E_p[a^k], [p] float64."""
         tokens, own = self.prob.shape[1], self.t.new_zeros(len(self.t))
         cross = self.t.new_zeros(k, len(self.t), len(neurons))
-        for start in range(0, tokens, step := max(256, _TILE // len(neurons))):
-            tile = slice(start, start + step)
+        for start in range(0, tokens, _DEPTH):
+            tile = slice(start, start + _DEPTH)
             weight, powers = self.prob[:, tile], [self.u[neurons, tile]]
             for _ in range(k - 1):
                 powers.append(powers[-1] * powers[0])

@@ -15,32 +15,40 @@ from moescope.decomposition import layers_of
 def exact_products() -> Iterator[None]:
     """Products of float32 tensors in full float32: TF32 and bfloat16 shortcuts off, settings restored after.
 
-    Of matrices, and of convolutions too, which some families have beside or instead of attention and which cuDNN does
-    in TF32 unless told otherwise. (What may be cut short in products of bfloat16 or float16 tensors does not matter:
-    there are none.) Raises RuntimeError where shortcuts stay on, be it by autocast.
+    Of matrices, and of convolutions too, which some families have beside attention and which cuDNN does in TF32 unless
+    told otherwise. (Shortcuts in products of bfloat16 or float16 tensors do not matter: there are none.) Raises
+    RuntimeError where they stay on, be it by autocast.
     """
-    products = torch.get_float32_matmul_precision()
-    others = [(operation, operation.fp32_precision) for operation in _beside_matrix_products()]
-    try:
+    with _exact_convolutions():
+        before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("highest")
-        for operation, _ in others:
-            operation.fp32_precision = "ieee"
-        settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul, *_beside_matrix_products())
-        shortcut = any(operation.fp32_precision != "ieee" for operation in settings)
-        cast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
-        if shortcut or cast or torch.get_float32_matmul_precision() != "highest":
-            raise RuntimeError("float32 products are not exact: another library switches TF32 or bfloat16 on")
+        try:
+            shortcut = torch.backends.cuda.matmul.allow_tf32 or torch.backends.mkldnn.matmul.fp32_precision != "ieee"
+            cast = any(torch.is_autocast_enabled(device) for device in ("cpu", "cuda"))
+            if shortcut or cast or torch.get_float32_matmul_precision() != "highest":
+                raise RuntimeError("float32 products are not exact: another library switches TF32 or bfloat16 on")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+
+@contextlib.contextmanager
+def _exact_convolutions() -> Iterator[None]:
+    cudnn = torch.backends.cudnn
+    operations = (cudnn.conv, cudnn.rnn, torch.backends.mkldnn.conv)
+    before = [operation.fp32_precision for operation in operations]
+
+    def switch(*settings: str) -> None:
+        # the old switch of cuDNN has to agree with the two new ones, or reading it is an error
+        cudnn.allow_tf32 = settings[:2] == ("tf32", "tf32")
+        for operation, setting in zip(operations, settings, strict=True):
+            operation.fp32_precision = setting
+
+    switch("ieee", "ieee", "ieee")
+    try:
         yield
     finally:
-        torch.set_float32_matmul_precision(products)
-        for operation, before in others:
-            operation.fp32_precision = before
-
-
-def _beside_matrix_products() -> tuple:
-    """The settings of torch for the other operations that have shortcuts; of cuDNN both, or it calls them mixed up."""
-    cudnn, mkldnn = torch.backends.cudnn, torch.backends.mkldnn
-    return cudnn.conv, cudnn.rnn, mkldnn.conv, mkldnn.rnn
+        switch(*before)
 
 
 @contextlib.contextmanager
@@ -67,9 +75,11 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
 
     handles = []
     for module in (*owners, *layers):
-        if type(module) is nn.Embedding:  # no heir, which may compute with what it looks up
+        if not any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+            continue
+        if type(module) is nn.Embedding:  # no heir of it, which may compute with what it looks up
             handles.append(module.register_forward_hook(_widened, prepend=True))
-        elif any(p.is_floating_point() and p.dtype != torch.float32 for p in module.parameters()):
+        else:
             # first in: pre-hooks of others run after this one and see the float32 weights
             handles.append(module.register_forward_pre_hook(up, prepend=True))
             handles.append(module.register_forward_hook(down, always_call=True))

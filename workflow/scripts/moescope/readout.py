@@ -7,7 +7,7 @@ give the model's own logits, or nothing is scored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -44,14 +44,17 @@ class Readout:
         """Raises ReadoutError where the affine read-out does not give the model's own logits."""
         norm, head = Norm.of(decomposition.norm, trace.final[0]), decomposition.head
         few = slice(0, 64)
-        logits, scale = trace.logits[few].double().log_softmax(-1), norm.scale(trace.final)
-        for factor, cap in _head_forms(decomposition.model.config.get_text_config()):
-            bias = getattr(head, "bias", None)
-            form = (norm.gain, norm.centred, norm.bias, bias, factor, cap)
-            unembedding = lpi.Unembedding.of(head.weight.detach(), *form)
-            error = (unembedding.log_probs(trace.final[few], scale[few]) - logits).abs().max().item()
+        own, scale = trace.logits[few].double(), norm.scale(trace.final)
+        plain = lpi.Unembedding.of(
+            head.weight.detach(), norm.gain, norm.centred, norm.bias, getattr(head, "bias", None)
+        )
+        affine = plain.logits(trace.final[few], scale[few])
+        for factor, cap in _head_forms(decomposition.model.config.get_text_config(), affine, own):
+            read = replace(plain, cap=cap).capped(factor * affine)
+            error = (read.log_softmax(-1) - own.log_softmax(-1)).abs().max().item()
             if error <= TOLERANCE:
-                return cls(unembedding, norm, scale, target, local)
+                weight, offset = plain.weight.mul_(factor), plain.offset * factor
+                return cls(lpi.Unembedding(weight, offset, cap), norm, scale, target, local)
         name = type(decomposition.model).__name__
         raise ReadoutError(
             f"{name}: logits are not an affine map of the normed residual (off by {error:.1e} nats), "
@@ -84,9 +87,22 @@ class Readout:
         return self.norm.scale(residual[rows]) if self.local else self.scale[rows]
 
 
-def _head_forms(config: object) -> Iterator[tuple[float, float | None]]:
-    """What a model may do with the logits of its head, by its configuration: (factor, soft cap). The first that gives
-    the model's own logits is the one."""
+def _head_forms(config: object, affine: Tensor, own: Tensor) -> Iterator[tuple[float, float | None]]:
+    """What a model may do with the logits of its head: (factor, soft cap). The first that makes its ``own`` logits of
+    the ``affine`` ones [P, V] is the one.
+
+    The figures of the configuration stand first, because they are exact; families name the factor differently and
+    divide by it or multiply, so it is measured where none of them fits.
+    """
     factor = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
     cap = getattr(config, "final_logit_softcapping", None)
     yield from dict.fromkeys([(factor, cap), (factor, None), (1.0, cap), (1.0, None)])
+    yield from ((_slope(affine, own, c), c) for c in dict.fromkeys([cap, None]))
+
+
+def _slope(affine: Tensor, own: Tensor, cap: float | None) -> float:
+    """The factor between logits and a model's own, by least squares."""
+    if cap is not None:
+        clear = own.abs() < 0.9 * cap  # nearer to the cap, undoing it magnifies what float32 rounded
+        affine, own = affine[clear], cap * (own[clear] / cap).atanh()
+    return ((affine * own).sum() / affine.square().sum()).item()
