@@ -170,13 +170,14 @@ def ablate_cfg(wildcards):
     """What the ablation of a checkpoint is told."""
     told = {key: PLAN.config["ablation"][key] for key in ("rankings", "seeds", "neurons")}
     entry = PLAN.series[wildcards.series].entry
-    return {**told, "dtype": entry["dtype"], "target": PLAN.config["attribution"]["target"], "seed": PLAN.facts.seed}
+    read = {key: PLAN.config["attribution"][key] for key in ("target", "norm")}
+    return {**told, "dtype": entry["dtype"], **read, "seed": PLAN.facts.seed}
 
 
 def mask_cfg(wildcards):
     """What the masking of a dense checkpoint is told."""
     cfg = ablate_cfg(wildcards)
-    return {key: cfg[key] for key in ("dtype", "target", "seed")}
+    return {key: cfg[key] for key in ("dtype", "target", "norm", "seed")}
 
 
 def ablation_tables():

@@ -14,7 +14,7 @@ with job(snakemake):
     with checkpoints.acquire(entry) as directory:
         model, tokenizer = checkpoints.load(directory, cfg["dtype"], device(snakemake), entry["gguf_file"])
         with precision.computing_in_float32(model):
-            run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"])
+            run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"], cfg["norm"])
             ablated, found = ablation.ablate_run(run, frames, cfg["rankings"], cfg["seeds"], cfg["seed"], progress=True)
             results = {"ablations": ablated}
             if cfg["neurons"]:

@@ -15,7 +15,7 @@ with job(snakemake):
     with checkpoints.acquire(entry) as directory:
         model, tokenizer = checkpoints.load(directory, cfg["dtype"], device(snakemake), entry["gguf_file"])
         with torch.no_grad(), precision.computing_in_float32(model):
-            run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"])
+            run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"], cfg["norm"])
             masked = masking.masked_groups(run, routing, cfg["seed"], progress=True)
     tables.write(masked, snakemake.output.masked_groups)
     provenance.write(snakemake.output.provenance, cfg, device=device(snakemake), decomposition_error=run.error)

@@ -83,7 +83,7 @@ def ffn_scores(layer: int, run: CleanRun, certificate: lpi.Certificate) -> Tenso
     for site in sites:
         base = run.readout.base(record.bases[site.branch])
         neurons = lpi.Neurons(site.values(), record.coefficients[site.name])
-        found += lpi.of_neurons(run.readout.unembedding, base, [neurons], certificate)
+        found += run.readout.of_neurons(base, [neurons], certificate)
     return torch.cat(found, 1)
 
 

@@ -81,7 +81,7 @@ def _pairs(run: CleanRun, chosen: pl.DataFrame) -> _Pairs:
         coefficients = coefficients[:, neurons]
         value = site.stored(expert).detach()[neurons].float()
         base = run.readout.base(record.bases[site.branch], prompts)
-        (scores,) = lpi.of_neurons(run.readout.unembedding, base, [lpi.Neurons(value, coefficients)])
+        (scores,) = run.readout.of_neurons(base, [lpi.Neurons(value, coefficients)], lpi.Certificate())
         neuron = torch.tensor(numbers, device=prompts.device).expand(len(prompts), -1)
         magnitude = coefficients.double().abs() * value.double().norm(dim=1)
         prompt = prompts[:, None].expand_as(neuron)
