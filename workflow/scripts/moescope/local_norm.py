@@ -36,7 +36,7 @@ _PROJECTED, _DIRECT = 2**26, 2**19
 #: The most tokens that a float32 product adds up, and how that rounds a moment relative to the sum of its absolute
 #: terms: where one token is nearly all of the sum, every other one may lose half a unit of its last place.
 _DEPTH = 2**9
-_ROUNDING = _DEPTH * 2**-25
+_ROUNDING = _DEPTH * 2**-24
 #: The highest order of the expansion, and how many cross moments cost as much as one pair by the definition (measured
 #: between 130 and 300).
 _MAX_ORDER, _DIRECT_COST = 9, 200

@@ -23,8 +23,11 @@ from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding
 _TILE, _DIRECT = 2**21, 2**19
 #: The least number of tokens in a tile.
 _LEAST = 256
-#: How many terms a matrix product on the CPU adds up before it puts their sum aside (MKL: 384).
-_DEPTH = 512
+#: Rounding of a float32 moment relative to itself: where one term is nearly all of the sum, each of the others is
+#: rounded to half a unit of its last place (measured up to 2.0e-5). So products are ``_DEPTH`` terms deep and are summed
+#: in float64; large products on the CPU may be deeper, because their kernels put a sum aside after as many terms.
+_DEPTH, _DEEPER, _LARGE = 512, 2048, 64
+ROUNDING = _DEPTH * 2**-24
 #: Rounding of a direct evaluation in float32, whose sums are taken pairwise, relative to its result (measured below
 #: 1e-7; times four).
 _PAIRWISE = 4e-7
@@ -98,8 +101,7 @@ class Series:
         # float32 rounds the moments, and underflow loses powers of u below 1e-38, which w^k must not make matter
         self.spread = (2 * self.second).sqrt() * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
         self.misread = MISREAD * self.w.abs().float() * base.width[:, None]
-        rounding = moment_rounding(projection.u)
-        self.rounding = 0.5 * rounding * self.spread.square() + self.misread * self.spread
+        self.rounding = 0.5 * ROUNDING * self.spread.square() + self.misread * self.spread
         self.rounding[self.w.abs() > 1e4] = torch.inf
         self._extend(0.5 * w.square())
         self.bound = self.remainder + self.rounding
@@ -118,19 +120,21 @@ class Series:
     def _moment(self, neurons: Tensor | None, k: int) -> Tensor:
         """E_p[u^k] of some neurons, or of all: float64 [P, neurons]."""
         u, prob = self.projection.u, self.base.prob
-        total = buffer = None
-        for tile in _tiles(*u.shape):
+        chosen = len(u) if neurons is None else len(neurons)
+        large = u.device.type == "cpu" and min(chosen, len(prob)) >= _LARGE
+        total = torch.zeros(len(prob), chosen, dtype=torch.float64, device=u.device)
+        buffers = u.new_empty(2, chosen, _DEEPER if large else _DEPTH)  # memory that is new to a process is slow
+        for tile in _tiles(1, u.shape[1], buffers.shape[2]):
             x = u[:, tile]
+            taken, power = (buffer[:, : x.shape[1]] for buffer in buffers)
             if neurons is not None:
-                chosen = x.new_empty(len(neurons), x.shape[1]) if buffer is None else chosen[:, : x.shape[1]]
-                x = torch.index_select(x, 0, neurons, out=chosen)
-            buffer = torch.empty_like(x) if buffer is None else buffer  # memory that is new to a process is slow
-            power = torch.mul(x, x, out=buffer[:, : x.shape[1]])
+                x = torch.index_select(x, 0, neurons, out=taken)
+            torch.mul(x, x, out=power)
             for _ in range(k - 2):
                 power.mul_(x)
-            total = prob[:, tile] @ power.T if total is None else total.addmm_(prob[:, tile], power.T)
+            total += prob[:, tile] @ power.T
         self.flops += 2 * prob.shape[1] * total.numel()
-        return total.double()
+        return total
 
     def _extend(self, factor: Tensor) -> None:
         """Raise the order of those neurons for which that pays, one moment at a time; ``factor`` = w^2 / 2."""
@@ -174,14 +178,6 @@ class Series:
         neurons, place = neuron.unique(return_inverse=True)
         some = (prompt, neuron)
         return Left(self.projection.unit[neurons], place, self.w[some], prompt, neuron, prompt, self.expected[some])
-
-
-def moment_rounding(u: Tensor) -> float:
-    """Rounding of a float32 moment of u [n, V] relative to itself, at most: where one term is nearly all of the sum,
-    each of the others is rounded to half a unit of its last place, within a product and from tile to tile (measured up
-    to 1.7e-5 at 50,000 tokens, some 1e-6 where terms are of all sizes)."""
-    depth = _DEPTH if u.device.type == "cpu" else _tiles(*u.shape)[0].stop
-    return (depth + u.shape[1] / 256) * 2**-25
 
 
 @dataclass
@@ -259,7 +255,7 @@ def _excess(x: Tensor, prob: Tensor) -> Tensor:
     return torch.expm1(x).sub_(x).mul_(prob).sum(1)
 
 
-def _tiles(rows: int, columns: int) -> list[slice]:
-    """Slices of the columns of a matrix that stay in the cache."""
-    step = max(_LEAST, _TILE // max(1, rows))
+def _tiles(rows: int, columns: int, most: int | None = None) -> list[slice]:
+    """Slices of the columns of a matrix that stay in the cache, or of at most so many columns."""
+    step = most or max(_LEAST, _TILE // max(1, rows))
     return [slice(start, min(start + step, columns)) for start in range(0, columns, step)]
