@@ -24,8 +24,8 @@ _TILE, _DIRECT = 2**21, 2**19
 #: The least number of tokens in a tile.
 _LEAST = 256
 #: Rounding of a float32 moment relative to itself: where one term is nearly all of the sum, each of the others is
-#: rounded to half a unit of its last place (measured up to 2.0e-5). So products are ``_DEPTH`` terms deep and are summed
-#: in float64; large products on the CPU may be deeper, because their kernels put a sum aside after as many terms.
+#: rounded to half a unit of its last place (measured up to 2.0e-5). So products are ``_DEPTH`` terms deep and summed in
+#: float64; large products on the CPU may be deeper, because their kernels put a sum aside after as many terms.
 _DEPTH, _DEEPER, _LARGE = 512, 2048, 64
 ROUNDING = _DEPTH * 2**-24
 #: Rounding of a direct evaluation in float32, whose sums are taken pairwise, relative to its result (measured below
