@@ -346,7 +346,7 @@ def test_scores_do_not_depend_on_what_is_scored_together(name, monkeypatch):
     """Fewer prompts at once, other tiles and blocks, other threads: nothing beyond the guarantee changes."""
     model, prompts = models.build(name), models.prompts(2)
     whole = attribution.attribute(model, models.tokenizer(), prompts)
-    monkeypatch.setattr(memory, "plan", lambda *_: memory.Plan(5, 0))
+    monkeypatch.setattr(memory, "plan", lambda *_, **__: memory.Plan(5, 0))
     monkeypatch.setattr(lpi, "_PROJECTED", 320 * 12)
     monkeypatch.setattr(moments, "_TILE", 320 * 7)
     threads = torch.get_num_threads()

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope import local_norm, lpi
+from moescope import local_norm, lpi, moments
 from moescope.norms import Norm
 
 EPS = 1e-5
@@ -128,7 +128,7 @@ def test_float32_moments_round_no_more_than_the_bound_allows():
         for i, moment in enumerate([*cross, own[:, None]]):
             exact, size = ((p * x**i) @ (y ** (k - i)).T for x, y in ((a, u), (a.abs(), u.abs())))
             largest = max(largest, ((moment - exact).abs() / size).max().item())
-    assert 2e-6 < largest < local_norm._ROUNDING
+    assert 2e-6 < largest < moments.ROUNDING
 
 
 @pytest.mark.parametrize("target", [5, 6], ids=["dominant", "hopeless"])
@@ -296,7 +296,7 @@ def test_the_bounds_hold_and_are_not_empty(monkeypatch):
     moves = local_norm._Moves(reading, neurons)
     reached = []
     for order in range(2, 10):
-        monkeypatch.setattr(local_norm, "_MAX_ORDER", order)
+        monkeypatch.setattr(moments, "MAX_ORDER", order)
         series = local_norm._Series(reading, x["values"], moves, slice(None), 1e-6)
         error = (moves.first - series.curvature - truth).abs()
         assert (error <= series.bound + 1e-13).all()
@@ -310,7 +310,7 @@ def test_results_do_not_depend_on_what_is_evaluated_at_once(tile, block, monkeyp
     x = problem(17, vocabulary=970, step=3.0)
     before = fast(x)[0]
     monkeypatch.setattr(local_norm, "_PROJECTED", block)
-    monkeypatch.setattr(local_norm, "_DEPTH", tile // 40)
+    monkeypatch.setattr(moments, "DEPTH", tile // 40)
     monkeypatch.setattr(local_norm, "_DIRECT", tile)
     assert ((fast(x)[0] - before).abs() <= 2e-6 * (1 + before.abs())).all()
 

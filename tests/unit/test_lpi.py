@@ -357,3 +357,130 @@ def test_one_token_that_dominates_equals(size):
         truth = brute_force(**x)
         scores, _, _ = fast(x)
         assert ((scores - truth).abs() <= tolerance(truth, x["coefficients"]) * (1 + truth.abs())).all()
+
+
+def of_tokens(weight, offset, values, coefficients, targets):
+    """A problem whose residual is 0: the distribution is that of the offset alone."""
+    prompts = len(targets)
+    return {
+        "weight": weight,
+        "offset": offset,
+        "values": values,
+        "coefficients": coefficients.expand(prompts, -1).clone(),
+        "residual": torch.zeros(prompts, weight.shape[1]),
+        "scale": torch.ones(prompts),
+        "target": torch.tensor(targets),
+    }
+
+
+def all_within(x, heads):
+    """Neurons and heads meet the guarantee."""
+    unembedding, base = base_of(x)
+    truth = brute_force(**x)
+    allowed = tolerance(truth, x["coefficients"])
+    neurons, of_heads = lpi.of_heads(unembedding, base, lpi.Neurons(x["values"], x["coefficients"]), heads)
+    assert ((neurons - truth).abs() <= allowed * (1 + truth.abs())).all()
+    width = len(x["values"]) // heads
+    for head in range(heads):
+        own = slice(head * width, (head + 1) * width)
+        whole = x["coefficients"][:, own].double() @ x["values"][own].double()
+        truth = torch.stack([of_one_prompt(x, p, whole[p : p + 1]) for p in range(len(whole))])
+        assert ((of_heads[:, head] - truth).abs() <= allowed * (1 + truth.abs())).all()
+
+
+def likely(vocabulary, *tokens):
+    """An offset that leaves all probability to some tokens."""
+    offset = torch.full((vocabulary,), -40.0, dtype=torch.float64)
+    offset[list(tokens)] = 0
+    return offset
+
+
+@pytest.mark.parametrize("step", [0.0525, 0.08, 0.1])
+def test_a_head_among_tiny_neurons(step):
+    """exp(x) - 1 in float32 is off by 2^-24 x, which a tolerance of 1e-9 sees."""
+    weight = torch.zeros(200, 4)
+    weight[0, 0], weight[1, 0], weight[2:, 1] = 1, -1, torch.linspace(-1, 1, 198)
+    values = torch.zeros(64, 4)
+    values[:, 0] = 1
+    coefficients = torch.full((1, 64), 1e-9)
+    coefficients[0, 0] = step
+    all_within(of_tokens(weight, likely(200, 0, 1), values, coefficients, [0, 1]), 2)
+
+
+@pytest.mark.parametrize("kind", ["dominant", "signed", "small first", "positive"])
+def test_rows_that_one_element_dominates(kind):
+    """Partial sums of W v as large as the whole round 2^-24 at every step, and two tokens see the difference."""
+    g = torch.Generator().manual_seed(0)
+    randn = lambda *shape: torch.randn(*shape, generator=g)  # noqa: E731
+    weight, values = 0.01 * randn(1000, 2048), 0.01 * randn(64, 2048)
+    weight[:, 0] = {"signed": randn(1000).sign(), "small first": 1 + 0.002 * randn(1000)}.get(kind, 1)
+    if kind == "positive":
+        weight[:, 1:], values[:] = 0.01 * weight[:, 1:].abs(), values.abs()
+    values[:, 0] = 1
+    unembedding = lpi.Unembedding(weight, torch.zeros(1000).double())
+    projection = moments.Projection(unembedding, values)
+    error = projection.u - projection.unit @ (weight.double() - unembedding.centre).T
+    assert (error.abs() <= projection.misread[:, None]).all()
+    worst = error[0]
+    offset = likely(1000, int(worst.argmax()), int(worst.argmin()))
+    steps = torch.logspace(0, 4, 64)[None] / projection.size[0].float()
+    all_within(of_tokens(weight, offset, values[:1].expand(64, -1).contiguous(), steps, [int(worst.argmax())]), 64)
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_heads_whose_mean_is_large_beside_the_likely_rows(size):
+    """All probability lies on short rows, while the others share a direction that the head writes along."""
+    for seed in range(4):
+        g = torch.Generator().manual_seed(seed)
+        weight, values = 0.05 * torch.randn(400, 32, generator=g), 0.1 * torch.randn(64, 32, generator=g)
+        weight[:, 0], values[:, 0] = -1, 1
+        weight[:2] = size * torch.randn(2, 32, generator=g)
+        for step in (1.0, 100.0, 1e5):
+            coefficients = torch.full((1, 64), 1e-5 / size)
+            coefficients[0, :8] = step / 8
+            all_within(of_tokens(weight, likely(400, 0, 1), values, coefficients, [0, 1]), 8)
+
+
+@pytest.mark.parametrize("step", [3e3, 7e3, 1e5, 1e7])
+def test_a_direction_that_float32_loses(step):
+    g = torch.Generator().manual_seed(0)
+    weight = torch.ones(100, 2)
+    weight[:, 1] = 2e-8 * torch.randn(100, generator=g).sign()
+    values = torch.tensor([[1.0, 0.7]]).expand(16, -1).contiguous()
+    coefficients = torch.full((1, 16), 1e-3)
+    coefficients[0, 0] = step
+    all_within(of_tokens(weight, torch.zeros(100).double(), values, coefficients, [1, 2]), 16)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e6, 1e9, 1e12])
+def test_huge_steps_towards_the_target(size):
+    """What is left is small beside what cancels."""
+    x = problem(19, neurons=40, prompts=8, step=1.0)
+    towards = (x["values"].double() @ x["weight"].double().T).argmax(1)
+    x["coefficients"], x["target"] = torch.full_like(x["coefficients"], size), towards[:8].clone()
+    all_within(x, 5)
+    x["offset"][int(towards[0])] += 40
+    x["target"][:] = towards[0]
+    x["values"] = x["values"][:1].expand(40, -1).contiguous()
+    all_within(x, 5)
+
+
+@pytest.mark.parametrize("name", ["coefficients", "values"])
+def test_a_soft_cap_does_not_swallow_an_infinity(name):
+    x = problem(20)
+    x[name][0, 0] = math.inf
+    unembedding = lpi.Unembedding(x["weight"], x["offset"], cap=2.0)
+    base = lpi.Base.of(unembedding, x["residual"], x["scale"], x["target"])
+    with pytest.raises(lpi.NotFiniteError):
+        lpi.of_neurons(unembedding, base, [lpi.Neurons(x["values"], x["coefficients"])])
+
+
+def test_nothing_to_score_is_no_error_and_uneven_heads_are():
+    x = problem(21)
+    unembedding, base = base_of(x)
+    assert lpi.of_neurons(unembedding, base, []) == []
+    nobody = lpi.Neurons(x["values"], x["coefficients"][:0], torch.arange(0))
+    none = lpi.Neurons(x["values"][:0], x["coefficients"][:, :0])
+    assert [tuple(s.shape) for s in lpi.of_neurons(unembedding, base, [nobody, none])] == [(0, 40), (11, 0)]
+    with pytest.raises(ValueError, match="40 neurons are not those of 7 heads"):
+        lpi.of_heads(unembedding, base, lpi.Neurons(x["values"], x["coefficients"]), 7)

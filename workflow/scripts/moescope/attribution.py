@@ -34,9 +34,9 @@ def attribute(
     ``target``: ``object`` (the first token of the object) or ``argmax`` (the model's own top token). ``uncertainty``:
     ``groups`` adds the group sums and the top active neurons, ``none`` leaves them out. ``norm``: the final norm's
     statistic is ``final`` (that of the prompt's last residual) or ``local`` (measured anew for each residual that is
-    read; tens of times slower). ``mem_mb``: what the process
-    may use (all that is free: None); fewer prompts are scored together where it is little. Returns frames by the names
-    of ``tables.SCHEMAS``; scores are nats. Raises what ``CleanRun.of`` raises, and MemoryError_ where it is too little.
+    read; slower). ``mem_mb``: what the process may use (all that is free: None); fewer prompts are scored together
+    where it is little. Returns frames by the names of ``tables.SCHEMAS``; scores are nats. Raises what ``CleanRun.of``
+    raises, and MemoryPlanError where it is too little.
     """
     return attribute_with_report(model, tokenizer, prompts, target, uncertainty, norm, progress, mem_mb)[0]
 
@@ -54,7 +54,7 @@ def attribute_with_report(
     """The same, and a report: ``decomposition_error``, ``prompts_at_once`` and the LPI ``certificate`` with the seconds
     of each stage and the rate of its float32 operations beside that of a plain matrix product."""
     stages = Stages()
-    plan = memory.plan(memory.Shape.of(model), len(prompts), mem_mb)
+    plan = memory.plan(memory.Shape.of(model), len(prompts), mem_mb, local=norm == "local")
     memory.keep_pages()
     with torch.no_grad(), computing_in_float32(model):
         with stages("forward"):
@@ -79,12 +79,10 @@ def ffn_scores(layer: int, run: CleanRun, certificate: lpi.Certificate) -> Tenso
     sites = run.decomposition.at(layer, "dense")
     if not sites:
         raise DecompositionError(f"layer {layer} has no dense feed-forward part; name a dense model")
-    record, found = run.trace.layers[layer], []
-    for site in sites:
-        base = run.readout.base(record.bases[site.branch])
-        neurons = lpi.Neurons(site.values(), record.coefficients[site.name])
-        found += run.readout.of_neurons(base, [neurons], certificate)
-    return torch.cat(found, 1)
+    record, everyone = run.trace.layers[layer], slice(None)
+    bases = {site.branch: run.readout.base(record.bases[site.branch]) for site in sites}
+    found = (_score_site(site, record, everyone, bases[site.branch], run, certificate) for site in sites)
+    return torch.cat([neurons for neurons, _ in found], 1)
 
 
 def _score(run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, progress: bool) -> None:
@@ -134,7 +132,12 @@ def _score_branch(
 
 
 def _score_site(
-    site: Site, record: LayerTrace, rows: Tensor, base: lpi.Base, run: CleanRun, certificate: lpi.Certificate
+    site: Site,
+    record: LayerTrace,
+    rows: Tensor | slice,
+    base: lpi.Base,
+    run: CleanRun,
+    certificate: lpi.Certificate,
 ) -> tuple[Tensor, Tensor | None]:
     """LPI of the neurons of a site for some prompts, [p, n] or (experts) [p, K, I], and of its heads [p, heads]."""
     readout, coefficients = run.readout, record.coefficients[site.name][rows]

@@ -19,27 +19,19 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moescope import lpi
-from moescope.moments import MISREAD, Projection
+from moescope import lpi, moments
 from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding, target_log_prob
 
 #: Elements of [neurons, V] that are held at once, and of one direct evaluation.
 _PROJECTED, _DIRECT = 2**26, 2**19
-#: The most tokens that a float32 product adds up, and how that rounds a moment relative to the sum of its absolute
-#: terms: where one token is nearly all of the sum, every other one may lose half a unit of its last place.
-_DEPTH = 2**9
-_ROUNDING = _DEPTH * 2**-24
-#: The highest order of the expansion, and how many cross moments cost as much as one pair by the definition (measured
-#: between 130 and 300).
-_MAX_ORDER, _DIRECT_COST = 9, 200
+#: How many cross moments cost as much as one pair by the definition (measured between 130 and 300).
+_DIRECT_COST = 200
 #: Where sigma falls below this share of itself, r and c v almost cancel: only their sum tells what is left.
 _CANCELS = 1 / 30
 
@@ -68,15 +60,13 @@ def of_neurons(
     reading = _Reading(unembedding, norm, base)
     certificate = certificate or lpi.Certificate()
     first = [_Moves(reading.of(part.rows), part).first for part in parts]
-    actual, tolerance = lpi._tolerance(first, parts), math.inf
+    actual, tolerance = lpi.tolerance_of(first, parts), math.inf
     while tolerance > actual:  # what is known only with the scores is guessed; half of it leaves room for the guess
         tolerance = max(1e-9, 0.5 * actual)
         found = [_score(reading.of(part.rows), part, tolerance) for part in parts]
-        actual = lpi._tolerance([scored.lpi for scored in found], parts)
+        actual = lpi.tolerance_of([scored.lpi for scored in found], parts)
     for scored in found:
-        if not scored.lpi.isfinite().all():
-            raise NotFiniteError("LPI is not finite: a contribution is too large for float64; check the weights")
-        certificate.add(scored, tolerance)
+        certificate.add(lpi.finite(scored), tolerance)
     return [scored.lpi for scored in found]
 
 
@@ -90,6 +80,8 @@ def of_heads(
 ) -> tuple[Tensor, Tensor]:
     """LPI of the neurons of an attention site [P, n], and of its heads [P, heads], each the vector that its own
     n / heads consecutive neurons write together: float64, nats."""
+    if heads < 1 or len(neurons.values) % heads:
+        raise ValueError(f"{len(neurons.values)} neurons are not those of {heads} heads")
     (scores,) = of_neurons(unembedding, norm, base, [neurons], certificate)
     own = torch.arange(scores.shape[1], device=scores.device).chunk(heads)
     writes = (neurons.coefficients[:, h].double() @ neurons.values[h].double() for h in own)
@@ -157,33 +149,20 @@ class _Moves:
             raise NotFiniteError("coefficients, values or residuals are not finite: check the weights")
 
 
-@dataclass
-class _Scored:
-    """A part of a site as ``lpi.Certificate`` counts it: LPI and the bounds of its errors [p, n], how many pairs each
-    order served and how many were evaluated directly, float32 operations."""
-
-    lpi: Tensor
-    bound: Tensor
-    orders: Counter = field(default_factory=Counter)
-    direct: int = 0
-    flops: int = 0
-
-
-def _score(reading: _Reading, part: lpi.Neurons, tolerance: float) -> _Scored:
-    moves = _Moves(reading, part)
-    scored = _Scored(moves.first, torch.zeros_like(moves.first))
-    direct = torch.ones_like(moves.first, dtype=torch.bool)
+def _score(reading: _Reading, part: lpi.Neurons, tolerance: float) -> lpi.Scored:
+    moves, scored = _Moves(reading, part), lpi.Scored.empty(part)
+    scored.lpi[:] = moves.first
+    direct = torch.ones_like(scored.lpi, dtype=torch.bool)
     if reading.a is not None:
         step = max(1, _PROJECTED // reading.a.shape[1])
         for start in range(0, len(part.values), step):
             some = slice(start, start + step)
             series = _Series(reading, part.values[some], moves, some, tolerance)
             scored.lpi[:, some] -= series.curvature
-            scored.bound[:, some], direct[:, some] = series.bound, series.direct
-            served = (~series.direct).sum(0)
-            scored.orders.update({int(k): int(served[series.orders == k].sum()) for k in series.orders.unique()})
+            direct[:, some] = series.direct
+            scored.served(series.orders, series.direct, series.bound)
             scored.flops += series.flops
-    scored.bound[direct], scored.direct = 0, int(direct.sum())
+    scored.direct = int(direct.sum())
     for pairs, evaluated in ((direct & moves.cancels, _by_sum), (direct & ~moves.cancels, _by_steps)):
         if pairs.any():
             scored.lpi[pairs] = evaluated(reading, part, moves, *pairs.nonzero().T)
@@ -195,12 +174,12 @@ class _Series:
     float64, the ``bound`` of its error, which pairs miss it (``direct``), the ``orders`` [n] of the neurons."""
 
     def __init__(self, reading: _Reading, values: Tensor, moves: _Moves, some: slice, tolerance: float):
-        projection, base = Projection(reading.unembedding, values), reading.base
+        projection, base = moments.Projection(reading.unembedding, values), reading.base
         self.prob, self.a, self.u = base.prob, reading.a, projection.u
         self.flops = 2 * self.u.numel() * values.shape[1]
         # X = t a + w u, with both a and u between -1 and 1: their powers do not overflow
         self.t, self.w = moves.change[:, some] * reading.largest[:, None], moves.m[:, some] * projection.size
-        mean = self.w * (base.mean @ projection.unit.T - projection.centre)
+        mean = self.w * projection.expected(base)
         # E_p[exp(X)] >= exp(E_p[X]) (Jensen): dividing by it turns an error of the first into one of its logarithm
         self.shrink = (-mean).exp()
         self.r = self.t.abs() + self.w.abs() * projection.largest
@@ -209,20 +188,20 @@ class _Series:
         self.orders = torch.full_like(projection.largest, 2, dtype=torch.long)
         neurons = torch.arange(len(values), device=mean.device)
         self._extend(neurons, 2)
-        # what float32 rounds: the moments and W v; the root is at least the root mean square of X
-        spread = (2 * self.even).sqrt() * (torch.expm1(self.r) / self.r.clamp_min(1e-30)) * self.shrink
-        misread = MISREAD * self.w.abs() * base.width[:, None]
-        self.rounding = 0.5 * _ROUNDING * spread.square() + misread * spread
+        misread = projection.misread * self.w.abs() * base.width[:, None]
+        _, self.rounding = moments.rounding(self.even, misread, self.r, self.shrink)
         # steps whose powers make matter what underflows in those of a and u
         self.rounding[(self.t.abs() > 1e4) | (self.w.abs() > 1e4) | moves.cancels[:, some]] = torch.inf
-        for order in range(3, _MAX_ORDER + 1):
-            neurons = neurons[self._worthwhile(neurons, order, tolerance)]
+        for order in range(3, moments.MAX_ORDER + 1):
+            known = (x[:, neurons] for x in (self.remainder, self.r, self.rounding))
+            # an order k has k cross moments
+            neurons = neurons[moments.worthwhile(*known, tolerance, order, lambda k: k, _DIRECT_COST)]
             if not len(neurons):
                 break
             self._extend(neurons, order)
         self.bound = self.remainder + self.rounding
         self.direct = ~(self.bound <= tolerance)  # written so that NaN counts as failed
-        self.curvature = torch.log1p(self.excess.clamp_min(-0.5)) - mean
+        self.curvature = torch.log1p(self.excess.clamp_min(-1 + 1e-12)) - mean
 
     def _extend(self, neurons: Tensor, k: int) -> None:
         """Add the terms of order k for some neurons, and bound what then remains."""
@@ -236,16 +215,14 @@ class _Series:
         if k % 2 == 0:
             norm = t.abs() * own[:, None] ** (1 / k) + w.abs() * cross[0] ** (1 / k)
             self.even[:, neurons] = norm**k / math.factorial(k)
-        gap = r * r / (k * (k + 1)) if k % 2 else r / (k + 1)
-        tail = gap / (1 - r / (k + 2)).clamp_min(0)
-        self.remainder[:, neurons] = self.even[:, neurons] * tail * self.shrink[:, neurons]
+        self.remainder[:, neurons] = moments.remainder(self.even[:, neurons], r, self.shrink[:, neurons], k)
 
     def _moments(self, neurons: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """E_p[a^i u^(k-i)] of some neurons for i = 0 .. k - 1, [k, p, neurons] float64, and E_p[a^k], [p] float64."""
         tokens, own = self.prob.shape[1], self.t.new_zeros(len(self.t))
         cross = self.t.new_zeros(k, len(self.t), len(neurons))
-        for start in range(0, tokens, _DEPTH):
-            tile = slice(start, start + _DEPTH)
+        for start in range(0, tokens, moments.DEPTH):
+            tile = slice(start, start + moments.DEPTH)
             weight, powers = self.prob[:, tile], [self.u[neurons, tile]]
             for _ in range(k - 1):
                 powers.append(powers[-1] * powers[0])
@@ -255,16 +232,6 @@ class _Series:
             own += weight.sum(1)
         self.flops += 2 * tokens * cross.numel()
         return cross, own
-
-    def _worthwhile(self, neurons: Tensor, order: int, tolerance: float) -> Tensor:
-        """For which of some neurons moments from this order on cost less than the evaluations that they save."""
-        error, r, room = self.remainder[:, neurons], self.r[:, neurons], tolerance - self.rounding[:, neurons]
-        best = now = (~(error <= room)).sum(0) * _DIRECT_COST
-        cost = 0
-        for k in range(order, _MAX_ORDER + 1):
-            error, cost = error * r / (k + 1), cost + k * len(r)
-            best = torch.minimum(best, (~(error <= room)).sum(0) * _DIRECT_COST + cost)
-        return best < now
 
 
 def _by_steps(reading: _Reading, part: lpi.Neurons, moves: _Moves, prompt: Tensor, neuron: Tensor) -> Tensor:

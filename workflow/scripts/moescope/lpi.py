@@ -23,14 +23,16 @@ from torch import Tensor
 
 from moescope import moments
 from moescope.moments import Projection, Series
-from moescope.unembedding import Base, NotFiniteError, Softmax, Unembedding, target_log_prob
+from moescope.unembedding import Base, NotFiniteError, Picked, Softmax, Unembedding, target_log_prob
 
 __all__ = [
     "Base",
     "Certificate",
     "Neurons",
     "NotFiniteError",
+    "Scored",
     "Unembedding",
+    "of_heads",
     "of_neurons",
     "of_vectors",
     "target_log_prob",
@@ -61,13 +63,13 @@ class Certificate:
     orders: Counter = field(default_factory=Counter)
     flops: int = 0
 
-    def add(self, scored: _Scored, tolerance: float) -> None:
+    def add(self, scored: Scored, tolerance: float) -> None:
         """Count a scored part of a site of a certain tolerance."""
         self.pairs += scored.lpi.numel()
         self.direct += scored.direct
         self.flops += scored.flops
         self.orders += scored.orders
-        self.bound = max(self.bound, float(scored.bound.max()) / tolerance if scored.bound.numel() else 0.0)
+        self.bound = max(self.bound, scored.bound / tolerance)
 
     def as_dict(self) -> dict:
         return {
@@ -96,6 +98,8 @@ def of_heads(
     """LPI of the neurons of an attention site [P, n], and of its heads [P, heads], each the vector that its own
     n / heads consecutive neurons write together: float64, nats, to the same guarantee.
     """
+    if heads < 1 or len(neurons.values) % heads:
+        raise ValueError(f"{len(neurons.values)} neurons are not those of {heads} heads")
     (scored,) = _site(unembedding, base, [neurons], certificate or Certificate(), heads)
     return scored.lpi, scored.heads
 
@@ -107,48 +111,65 @@ def of_vectors(unembedding: Unembedding, base: Base, writes: Tensor) -> Tensor:
 
 
 @dataclass
-class _Scored:
-    """A part of a site: LPI and the bounds of its errors [p, n], LPI of its heads [p, heads], and what it took.
-    ``left``: which of those scores still lack their curvature, because they need float64 throughout."""
+class Scored:
+    """A part of a site: LPI [p, n], and of its heads [p, heads]; the largest ``bound`` of an error, how many pairs each
+    order served and how many were evaluated directly, float32 operations. ``left``: which of those scores are still to
+    be formed in float64."""
 
     lpi: Tensor
-    bound: Tensor
     heads: Tensor
     left: list[tuple[Tensor, moments.Left]] = field(default_factory=list)
+    bound: float = 0.0
     orders: Counter = field(default_factory=Counter)
     direct: int = 0
     flops: int = 0
 
+    @classmethod
+    def empty(cls, part: Neurons, heads: int = 0) -> Scored:
+        """Scores still to come."""
+        lpi = torch.empty(part.coefficients.shape, dtype=torch.float64, device=part.coefficients.device)
+        return cls(lpi, lpi.new_empty(len(lpi), heads))
+
+    def served(self, orders: Tensor, direct: Tensor, bound: Tensor) -> None:
+        """Count pairs [p, n] by the order of their neuron [n], those evaluated directly, and the bound of the
+        others."""
+        pairs = (~direct).sum(0)
+        self.orders.update({int(k): int(pairs[orders == k].sum()) for k in orders.unique()})
+        self.direct += int(direct.sum())
+        self.bound = max(self.bound, float(bound.masked_fill(direct, 0).amax()) if bound.numel() else 0.0)
+
 
 def _site(
     unembedding: Unembedding, base: Base, parts: Sequence[Neurons], certificate: Certificate, heads: int = 0
-) -> list[_Scored]:
+) -> list[Scored]:
+    if not parts:
+        return []
     if unembedding.cap is not None:
         return [_capped(unembedding, base, part, heads, certificate) for part in parts]
     # what is known only with the scores is guessed from their first order; half of it leaves room for the guess
-    tolerance = _tolerance([_first_order(base, part) for part in parts], parts, margin=0.5)
+    tolerance = tolerance_of([_first_order(base, part) for part in parts], parts, margin=0.5)
     found = _scored(unembedding, base, parts, tolerance, heads)
-    while tolerance > (actual := _tolerance([scored.lpi for scored in found], parts)):
+    while tolerance > (actual := tolerance_of([scored.lpi for scored in found], parts)):
         tolerance = max(1e-9, 0.5 * actual)
         found = _scored(unembedding, base, parts, tolerance, heads)
     for scored in found:
-        _finite(scored.lpi), _finite(scored.heads)
-        certificate.add(scored, tolerance)
+        certificate.add(finite(scored), tolerance)
     return found
 
 
 def _scored(
     unembedding: Unembedding, base: Base, parts: Sequence[Neurons], tolerance: float, heads: int
-) -> list[_Scored]:
+) -> list[Scored]:
     vocabulary = len(unembedding.weight)
     blocks = [_blocks(*part.values.shape[:1], heads, vocabulary) for part in parts]
-    space = unembedding.weight.new_empty(max(b.stop - b.start for several in blocks for b in several), vocabulary)
+    largest = max((b.stop - b.start for several in blocks for b in several), default=0)
+    space = unembedding.weight.new_empty(largest, vocabulary)
     found = [
         _part(unembedding, base, part, tolerance, heads, cut, space) for part, cut in zip(parts, blocks, strict=True)
     ]
     left = [pairs for scored in found for pairs in scored.left if len(pairs[1].row)]
-    for (scores, pairs), curvature in zip(left, moments.exact(unembedding, base, [p for _, p in left]), strict=True):
-        scores[pairs.row, pairs.column] -= curvature
+    for (scores, pairs), exact in zip(left, moments.exact(unembedding, base, [p for _, p in left]), strict=True):
+        scores[pairs.row, pairs.column] = exact
     return found
 
 
@@ -160,55 +181,52 @@ def _part(
     heads: int,
     blocks: list[slice],
     space: Tensor,
-) -> _Scored:
-    prompts, n = part.coefficients.shape
+) -> Scored:
     base = base if part.rows is None else base.rows(part.rows)
-    lpi = torch.empty(prompts, n, dtype=torch.float64, device=part.coefficients.device)
-    scored = _Scored(lpi, torch.empty_like(lpi, dtype=torch.float32), lpi.new_empty(prompts, heads))
-    width = n // max(1, heads)
+    scored = Scored.empty(part, heads)
+    width = len(part.values) // max(1, heads)
     for block in blocks:
         projection = Projection(unembedding, part.values[block], space)
         w, expected = projection.steps(part.coefficients[:, block], base)
         first = w * (base.gradient @ projection.unit.T)
         series = Series(projection, w, expected, base, tolerance)
-        lpi[:, block] = first - series.curvature
-        scored.bound[:, block] = series.bound
-        scored.left.append((lpi[:, block], series.left))
+        scored.lpi[:, block] = first - series.curvature
+        scored.left.append((scored.lpi[:, block], series.left))
+        scored.served(series.orders, series.direct, series.bound)
+        scored.flops += series.flops
         if heads:
             own = scored.heads[:, block.start // width : block.stop // width]
-            curvature, left = moments.of_sums(projection, w, expected, base, width, tolerance)
+            curvature, bound, left = moments.of_sums(projection, w, expected, base, width, tolerance)
             torch.sub(first.unflatten(1, (-1, width)).sum(2), curvature, out=own)
             scored.left += [(own, one) for one in left]
-        pairs = (~series.direct).sum(0)
-        scored.orders.update({int(k): int(pairs[series.orders == k].sum()) for k in series.orders.unique()})
-        scored.direct += int(series.direct.sum())
-        scored.flops += series.flops
+            scored.bound = max(scored.bound, bound)
     if part.rows is not None:
         for _, pairs in scored.left:
             pairs.prompt = part.rows[pairs.prompt]
     return scored
 
 
-def _capped(unembedding: Unembedding, base: Base, part: Neurons, heads: int, certificate: Certificate) -> _Scored:
+def _capped(unembedding: Unembedding, base: Base, part: Neurons, heads: int, certificate: Certificate) -> Scored:
     """Every pair by the definition in float64, because soft-capped logits are not affine."""
     base = base if part.rows is None else base.rows(part.rows)
     prompts, n = part.coefficients.shape
     m, values = part.coefficients.double() * base.scale[:, None], part.values.double()
-    softmax = Softmax(prompts * n, m.device)
-    for _, z, rows in unembedding.tiles(base.residual, base.scale, capped=False):
+    if not (m.isfinite().all() and values.isfinite().all()):
+        raise NotFiniteError("coefficients, values or norm scales are not finite: check the weights")
+    softmax, own = Softmax(prompts * n, m.device), Picked(base.target.repeat_interleave(n))
+    for tile, z, rows in unembedding.tiles(base.residual, base.scale, capped=False):
         b = values @ rows.T
         for i in range(prompts):
-            softmax.add(unembedding.capped(z[i] + m[i, :, None] * b), slice(i * n, (i + 1) * n))
-    own = unembedding.weight[base.target].double()
-    z = unembedding.offset[base.target] + base.scale * (own * base.residual.double()).sum(1)
-    of_target = unembedding.capped(z[:, None] + m * (own @ values.T))
-    lpi = of_target - softmax.log_total().view(prompts, n) - base.of_target[:, None]
-    own_heads = torch.arange(n, device=m.device).chunk(heads) if heads else ()
-    of_heads = [of_vectors(unembedding, base, part.coefficients[:, h].double() @ values[h]) for h in own_heads]
-    scored = _Scored(
-        _finite(lpi), torch.zeros_like(lpi), torch.stack(of_heads, 1) if heads else lpi[:, :0], direct=lpi.numel()
-    )
-    certificate.add(scored, 1.0)
+            moved, pairs = unembedding.capped(z[i] + m[i, :, None] * b), slice(i * n, (i + 1) * n)
+            own.add(moved, tile, pairs)
+            softmax.add(moved, pairs)
+    lpi = (own.logit - softmax.log_total()).view(prompts, n) - base.of_target[:, None]
+    of_heads = [
+        of_vectors(unembedding, base, part.coefficients[:, h].double() @ values[h])
+        for h in (torch.arange(n, device=m.device).chunk(heads) if heads else ())
+    ]
+    scored = Scored(lpi, torch.stack(of_heads, 1) if heads else lpi[:, :0], direct=lpi.numel())
+    certificate.add(finite(scored), 1.0)
     return scored
 
 
@@ -226,18 +244,19 @@ def projected_elements(neurons: int, vocabulary: int) -> int:
 def _blocks(neurons: int, heads: int, vocabulary: int) -> list[slice]:
     """Neurons to project together so that memory stays bounded whatever the vocabulary: equal sizes, whole heads."""
     width = neurons // heads if heads else 1
-    units = neurons // width
-    count = -(-units // max(1, _PROJECTED // vocabulary // width))
-    step = -(-units // count) * width
-    return [slice(start, min(start + step, neurons)) for start in range(0, neurons, step)]
+    count = -(-neurons // max(1, _PROJECTED // vocabulary // width * width))
+    step = -(-neurons // (max(1, count) * width)) * width
+    return [slice(start, min(start + step, neurons)) for start in range(0, neurons, step)] if neurons else []
 
 
-def _tolerance(scores: Sequence[Tensor], parts: Sequence[Neurons], margin: float = 1.0) -> float:
+def tolerance_of(scores: Sequence[Tensor], parts: Sequence[Neurons], margin: float = 1.0) -> float:
+    """The tolerance of a site (nats) by the scores of its parts, or by a share of them."""
     active = torch.cat([x[part.coefficients != 0].abs().float() for x, part in zip(scores, parts, strict=True)])
     return min(1e-6, max(1e-9, 0.01 * margin * float(active.median()))) if len(active) else 1e-6
 
 
-def _finite(lpi: Tensor) -> Tensor:
-    if not lpi.isfinite().all():
+def finite(scored: Scored) -> Scored:
+    """The same, or NotFiniteError where a score is not finite."""
+    if not (scored.lpi.isfinite().all() and scored.heads.isfinite().all()):
         raise NotFiniteError("LPI is not finite: a contribution is too large for float64; check the weights")
-    return lpi
+    return scored

@@ -62,18 +62,20 @@ class Plan:
     bytes: int
 
 
-def plan(shape: Shape, prompts: int, mem_mb: int | None = None) -> Plan:
-    """The most prompts that can be scored together in ``mem_mb`` (what is free now: None).
+def plan(shape: Shape, prompts: int, mem_mb: int | None = None, local: bool = False) -> Plan:
+    """The most prompts that can be scored together in ``mem_mb`` (what is free now: None), with the norm ``local`` or
+    not.
 
     Anonymous memory: weights are mapped from disk and the trace of a forward pass lies in a temporary file, so that the
     kernel may let go of both. Raises MemoryPlanError where not even ``LEAST`` prompts fit.
     """
     limit = available() if mem_mb is None else mem_mb * 2**20
     forward = shape.layer + BATCH_TOKENS * shape.token
-    scoring = 4 * (shape.vocabulary * shape.hidden + projected_elements(shape.neurons, shape.vocabulary))
+    # the unembedding stands there as it is and with its rows centred
+    scoring = 4 * (2 * shape.vocabulary * shape.hidden + projected_elements(shape.neurons, shape.vocabulary))
     largest = max(forward, scoring)
     fixed = PROCESS + WORK + 4 * prompts * shape.vocabulary + largest + min(largest, KEPT)
-    each = 4 * shape.vocabulary  # probabilities
+    each = 4 * shape.vocabulary * (2 if local else 1)  # probabilities; and, norm local, the logits
     least = min(prompts, LEAST)
     if fixed + least * each > limit:
         need = -(-(fixed + least * each) // 2**20)

@@ -32,8 +32,8 @@ def empty(shape: tuple[int, ...], like: Tensor) -> Tensor:
         return like.new_empty(shape)
     handle, path = tempfile.mkstemp(prefix="moescope-")
     try:
-        _reserve(handle, elements * like.element_size())
-        os.close(handle)
+        with open(handle, "wb") as file:
+            _reserve(file.fileno(), elements * like.element_size())
         return torch.from_file(path, shared=True, size=elements, dtype=like.dtype).view(shape)
     finally:
         os.unlink(path)  # a mapped file lives on until nobody uses it
@@ -46,7 +46,6 @@ def _reserve(handle: int, size: int) -> None:
             os.posix_fallocate(handle, 0, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            os.close(handle)
             raise ScratchError(
                 f"{tempfile.gettempdir()}: no room for {size / 1e6:,.0f} MB of what a forward pass leaves; "
                 "make room or name a folder on another disk in TMPDIR"

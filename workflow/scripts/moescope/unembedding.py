@@ -37,42 +37,37 @@ class Unembedding:
     cap: float | None = None
 
     @classmethod
-    def of(
-        cls,
-        head: Tensor,
-        gain: Tensor,
-        centred: bool,
-        norm_bias: Tensor,
-        head_bias: Tensor | None,
-        logit_scale: float = 1.0,
-        cap: float | None = None,
-    ) -> Unembedding:
+    def of(cls, head: Tensor, gain: Tensor, centred: bool, norm_bias: Tensor, head_bias: Tensor | None) -> Unembedding:
         """From head [V, d], norm gain [d], norm bias [d] and head bias [V]; ``centred`` for a LayerNorm."""
-        weight = head.float() * gain  # the one copy that is made of a head stored in another dtype
-        if head.dtype == torch.float32 and weight.data_ptr() == head.data_ptr():
-            weight = weight.clone()
+        weight = head.float() * gain
         if centred:
             weight -= weight.mean(1, keepdim=True)
         offset = torch.zeros(len(head), dtype=torch.float64, device=head.device)
         if norm_bias.any():
-            offset = torch.cat([part.double() @ norm_bias.double() for part in head.split(_rows(head))])
-        if head_bias is not None:
-            offset = offset + head_bias.double()
-        return cls(weight.mul_(logit_scale), offset * logit_scale, cap)
+            rows = head.split(max(1, _DOUBLE // head.shape[1]))
+            offset = torch.cat([part.double() @ norm_bias.double() for part in rows])
+        return cls(weight, offset if head_bias is None else offset + head_bias.double())
 
     @cached_property
     def centre(self) -> Tensor:
-        """The mean row, [d] float64."""
-        return self.weight.mean(0, dtype=torch.float64)
+        """The mean row, [d] float64; 0 where it is so short that nothing is gained by taking it out of the rows."""
+        mean = self.weight.mean(0, dtype=torch.float64)
+        return mean if mean.norm() > 2**-8 * self.weight.norm(dim=1).amax() else torch.zeros_like(mean)
+
+    @cached_property
+    def centred(self) -> Tensor:
+        """The rows less their mean, [V, d] float32 (the weight itself where ``centre`` is 0). All logits less the same
+        number are the same distribution; rows that share no direction make smaller steps and round less."""
+        return self.weight - self.centre.float() if self.centre.any() else self.weight
 
     @cached_property
     def norms(self) -> Tensor:
-        """The norms of the rows, [V] float32."""
-        return self.weight.norm(dim=1)
+        """The norms of the centred rows, [V] float32."""
+        return self.centred.norm(dim=1)
 
     @cached_property
     def widest(self) -> Tensor:
-        """The norm of the longest row (1 where all are 0), float64."""
+        """The norm of the longest of them (1 where all are 0), float64."""
         widest = self.norms.amax().double()
         return torch.where(widest > 0, widest, 1)
 
@@ -108,11 +103,6 @@ class Unembedding:
             part = self.weight[start : start + step]
             yield slice(start, start + len(part)), buffer[: len(part)].copy_(part)
 
-    def of_tokens(self, residual: Tensor, scale: Tensor, token: Tensor) -> Tensor:
-        """The logit of one token [P] each of residuals [P, d]: float64 [P]."""
-        rows = self.weight[token].double()
-        return self.capped(self.offset[token] + scale.double() * (rows * residual.double()).sum(1))
-
 
 @dataclass(frozen=True)
 class Base:
@@ -140,8 +130,9 @@ class Base:
         weight, scale = unembedding.weight, scale.double()
         prob = residual.new_empty(len(residual), len(weight), dtype=torch.float32)
         softmax, tops = Softmax(len(residual), residual.device), []
-        mean = torch.zeros_like(residual, dtype=torch.float64)
+        mean, own = torch.zeros_like(residual, dtype=torch.float64), Picked(target)
         for tile, z, rows in unembedding.tiles(residual, scale):
+            own.add(z, tile)
             shrink, e = softmax.add(z)
             mean.mul_(shrink[:, None]).addmm_(e, rows)
             prob[:, tile] = e
@@ -150,7 +141,7 @@ class Base:
         for tile, top in tops:
             prob[:, tile] *= (top - log_total).exp().float()[:, None]
         mean /= softmax.total[:, None]
-        of_target = _finite(unembedding.of_tokens(residual, scale, target) - log_total, mean)
+        of_target = _finite(own.logit - log_total, mean)
         gradient = weight[target].double() - mean
         width = (prob @ unembedding.norms.square()).sqrt() / unembedding.widest.float()
         return cls(residual, scale, target, prob, mean, gradient, width, log_total, of_target)
@@ -165,10 +156,11 @@ def target_log_prob(unembedding: Unembedding, residual: Tensor, scale: Tensor, t
 
     Raises NotFiniteError where one is not finite.
     """
-    softmax = Softmax(len(residual), residual.device)
-    for _, z, _ in unembedding.tiles(residual, scale):
+    softmax, own = Softmax(len(residual), residual.device), Picked(target)
+    for tile, z, _ in unembedding.tiles(residual, scale):
+        own.add(z, tile)
         softmax.add(z)
-    return _finite(unembedding.of_tokens(residual, scale, target) - softmax.log_total())
+    return _finite(own.logit - softmax.log_total())
 
 
 class Softmax:
@@ -190,14 +182,24 @@ class Softmax:
         return self.top + self.total.log()
 
 
+class Picked:
+    """The logit of one ``token`` [rows] of each row of logits that come in tiles. The very number that their log sum
+    exp holds: where the token dominates, another product of the same vectors would differ by more than what is left."""
+
+    def __init__(self, token: Tensor):
+        self.token = token
+        self.logit = torch.zeros(len(token), dtype=torch.float64, device=token.device)
+
+    def add(self, z: Tensor, tile: slice, rows: slice = slice(None)) -> None:
+        """Take in a tile [rows, k] of the vocabulary."""
+        place = self.token[rows] - tile.start
+        here = ((place >= 0) & (place < z.shape[1])).nonzero()[:, 0]
+        self.logit[rows][here] = z[here, place[here]]
+
+
 def _finite(*tensors: Tensor) -> Tensor:
     if not all(x.isfinite().all() for x in tensors):
         raise NotFiniteError(
             "logits are not finite: a residual, a norm scale or the unembedding is not; check the weights"
         )
     return tensors[0]
-
-
-def _rows(weight: Tensor) -> int:
-    """Rows of a matrix to hold in float64 at a time."""
-    return max(1, _DOUBLE // weight.shape[1])
