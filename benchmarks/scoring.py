@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,14 +48,14 @@ class Site:
 
 @dataclass
 class Row:
-    """Of a shape: seconds by way for all its prompts (``bases``: the engine's, for the distributions before), seconds
-    that the engine's operations take as plain matrix products (``ideal``; ``ideal_bases``), and its certificate."""
+    """Of a shape: seconds of the engine for all its prompts (``bases``: the distributions before), of each baseline,
+    and those that the engine's operations take as plain matrix products (``ideal``; ``ideal_bases``); its
+    certificate."""
 
     name: str
     bases: float = 0.0
     engine: float = 0.0
-    published: float = 0.0
-    shared: float = 0.0
+    baselines: Counter = field(default_factory=Counter)
     ideal: float = 0.0
     ideal_bases: float = 0.0
     flops: float = 0.0
@@ -84,16 +85,18 @@ class Row:
         projecting = timed(lambda: torch.mm(values, weight.T, out=b))[1] / len(values)
         rows = torch.arange(len(site.residual)) if part.rows is None else part.rows
 
-        few = rows[:PUBLISHED]
-        some = (part.coefficients[: len(few)], *(x[few] for x in read), before.rows(few))
-        seconds = timed(lambda: baselines.published(weight, offset, values, *some))[1]
-        self.published += reading + seconds / some[0].numel() * own.pairs * site.repeated
+        def count(name: str, prompts: int, work: Callable[..., Tensor], once: float = 0.0) -> None:
+            """Time a way on the first prompts, for all pairs; ``once``: what it takes for all prompts together."""
+            few = rows[:prompts]
+            some = part.coefficients[: len(few)]
+            seconds = timed(lambda: work(some, *(x[few] for x in read), before.rows(few)))[1]
+            self.baselines[name] += once + seconds / some.numel() * own.pairs * site.repeated
 
-        few = rows[:SHARED]
-        some = (part.coefficients[: len(few)], *(x[few] for x in read[1:]), before.rows(few))
-        seconds = timed(lambda: baselines.shared(b, *some))[1]
-        each = seconds / some[0].numel() * own.pairs
-        self.shared += reading + (projecting * neurons + each) * site.repeated
+        once = reading + projecting * neurons * site.repeated
+        count("published", PUBLISHED, lambda *some: baselines.plain_published(weight, offset, values, *some[:-1]))
+        count("tuned published", PUBLISHED, lambda *some: baselines.published(weight, offset, values, *some), reading)
+        count("shared", PUBLISHED, lambda c, _, *some: baselines.plain_shared(b, c, *some), once)
+        count("tuned shared", SHARED, lambda c, _, *some: baselines.shared(b, c, *some), once)
 
         tokens = min(GEMM, len(weight))
         prob, powers = base.prob[rows, :tokens], b[:, :tokens].T
@@ -106,38 +109,29 @@ class Row:
 
     def __str__(self) -> str:
         total, share = self.bases + self.engine, self.certificate.direct / self.certificate.pairs
-        each = (f"{1e6 * seconds / self.pairs:9.2f}" for seconds in (total, self.published, self.shared))
+        each = "".join(f"{1e6 * seconds / self.pairs:9.2f}" for seconds in (total, *self.baselines.values()))
+        times = "".join(f"{seconds / total:9.1f}x"[-9:] for seconds in self.baselines.values())
         rate, ideal = self.flops / self.engine / 1e9, self.ideal + self.ideal_bases
         orders = sorted(self.certificate.orders.items())
         return (
-            f"{self.name:36}{total:8.1f}{self.bases:7.1f}{''.join(each)}"
-            f"{self.published / total:8.0f}x{self.shared / total:7.1f}x{share:9.3%}"
-            f"{rate:8.0f}{self.ideal / self.engine:9.0%}{ideal / total:9.0%}   "
+            f"{self.name:36}{total:8.1f}{self.bases:8.1f}{each}{times}{share:8.3%}"
+            f"{rate:8.0f}{self.ideal / self.engine:8.0%}{ideal / total:8.0%}   "
             + " ".join(f"{order}:{count / self.certificate.pairs:.0%}" for order, count in orders)
         )
 
 
 #: Headings of a row, and how wide they stand.
-HEADINGS = {
-    "shape": -36,
-    "seconds": 8,
-    "bases": 7,
-    "us/pair": 9,
-    "publ.": 9,
-    "shared": 9,
-    "publ.:": 9,
-    "shared:": 8,
-    "direct": 9,
-    "GFLOP/s": 8,
-    "of GEMM": 9,
-    "with all": 9,
-}
+HEADINGS = (
+    *(("shape", -36), ("seconds", 8), ("bases", 8), ("us/pair", 9)),
+    *[(heading, 9) for heading in ("publ.", "tuned", "shared", "tuned")] * 2,
+    *((heading, 8) for heading in ("direct", "GFLOP/s", "of GEMM", "all")),
+)
 LEGEND = """
 seconds, of which bases: the engine on all prompts and sites, the distributions before anything is added apart
-us/pair: the engine, published, shared; then how many times as long as the engine these take
+us/pair: the engine; then published and shared, each as one writes it and tuned; how many times the engine's these are
 direct: pairs evaluated directly; orders: of the expansion (0: direct)
 GFLOP/s, of GEMM: float32 products of scoring, and their share of plain products of the same shapes
-with all: the same share with the distributions before, whose products are float64"""
+all: the same share with the distributions before, whose products are float64"""
 
 
 def timed(work: Callable[[], object]) -> tuple[object, float]:
@@ -252,7 +246,7 @@ def main() -> None:
     borrowed = [Borrowed.of(real[2 * layer + 1]) for layer in BORROWED]
     experts = [torch.arange(i % 8, 906, 8) for i in range(16)]
     print(f"a plain float32 product runs at {gemm_rate(torch.device('cpu'), 2048) / 1e9:.0f} GFLOP/s\n")
-    print("".join(f"{h:<{-w}}" if w < 0 else f"{h:>{w}}" for h, w in HEADINGS.items()) + "   orders", flush=True)
+    print("".join(f"{h:<{-w}}" if w < 0 else f"{h:>{w}}" for h, w in HEADINGS) + "   orders", flush=True)
     for name, sites in {
         "SmolLM2, 30 layers": real,
         "OLMoE-1B-7B, 6 layers of 64 experts": random_sites(borrowed, 2048, 50_304, 1024, experts, 4),
