@@ -65,9 +65,9 @@ def plain_published(
 
 
 def plain_shared(b: Tensor, coefficients: Tensor, scale: Tensor, target: Tensor, before: Before) -> Tensor:
-    """The same from b = W v [n, V], as one writes it."""
-    m = coefficients * scale[:, None]
-    total = [(step[:, None] * b).exp() @ prob for step, prob in zip(m, before.prob, strict=True)]
+    """The same from b = W v [n, V], as one writes it who uses memory again."""
+    m, x = coefficients * scale[:, None], torch.empty_like(b)
+    total = [torch.mul(b, step[:, None], out=x).exp_() @ prob for step, prob in zip(m, before.prob, strict=True)]
     return m * b[:, target].T - torch.stack(total).log()
 
 
