@@ -56,6 +56,27 @@ def test_a_block_that_fails_changes_nothing(tmp_path: Path, error: type[BaseExce
     assert old is None or path.read_text() == old
 
 
+def test_what_a_killed_writer_left_is_removed_by_the_next(tmp_path: Path):
+    for name in (".17.table", ".4194304.table", ".17.other", ".hidden.table", "17.table"):
+        (tmp_path / name).write_text("half")
+    with files.atomic(tmp_path / "table") as temporary:
+        temporary.write_text("new")
+    assert names(tmp_path) == [".17.other", ".hidden.table", "17.table", "table"]
+
+
+@pytest.mark.parametrize("name", ["a", "a.txt", "..a", "a..b", ".hidden"])
+def test_names_that_stay_in_their_folder(name: str):
+    assert files.require_inside(name, "it") == name
+
+
+@pytest.mark.parametrize(
+    "name", ["", ".", "..", "../a", "/a", "a/../../b", "a/../b", "./a", "a//b", "a/", "a\0b", None, 7]
+)
+def test_names_that_lead_out_of_their_folder_are_refused(name: object):
+    with pytest.raises(files.UnsafeNameError, match=r"it: the file name .* leads out of its folder"):
+        files.require_inside(name, "it")
+
+
 def test_a_killed_writer_leaves_the_old_file(tmp_path: Path):
     path = tmp_path / "table"
     path.write_text("old")
