@@ -1,4 +1,4 @@
-# make run | test | resume | first-figure | report | lint | bench | bench-run; every target sets up .venv first, once.
+# make run | test | resume | plan | first-figure | report | lint | bench | bench-run; every target sets up .venv first, once.
 PYTHON ?= python3.11
 CORES ?= all
 # More arguments for Snakemake or pytest: make run ARGS="--configfile configs/bring-your-own.yaml"
@@ -9,7 +9,7 @@ READY := .venv/.ready
 FIRST := results/figures/attribution/tiny-olmoe/accuracy.png
 SNAKEFILES := Snakefile workflow/Snakefile workflow/rules
 
-.PHONY: setup run resume test lint bench bench-run report first-figure
+.PHONY: setup run resume plan catalog test test-soak lint bench bench-run report first-figure
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -38,8 +38,20 @@ report: $(READY)
 	$(BIN)/snakemake --cores $(CORES) $(ARGS) results/report.html
 	@echo results/report.html
 
+# List the branches of the hub repositories that a configuration names: make catalog ARGS="--configfile mine.yaml"
+catalog: $(READY)
+	$(BIN)/python -m moescope.cataloguing $(ARGS)
+
+# What a configuration takes, before anything is downloaded: make plan ARGS="--configfile mine.yaml --bandwidth 50"
+plan: $(READY)
+	@$(BIN)/python -m moescope.estimate $(ARGS)
+
 test: $(READY)
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -m "not soak" $(ARGS)
+
+# Runs that are killed again and again, full disks, runs beside one another.
+test-soak: $(READY)
+	$(BIN)/pytest -m soak $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -10,6 +10,7 @@ TIERS = {
     "unit": "seconds, no model",
     "model": "tiny models of the real classes",
     "workflow": "real Snakemake runs in a temporary folder",
+    "soak": "kills and faults at length (make test-soak)",
 }
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from benchmarks import olmoe_shape
-from moescope import checkpoints, fused, interventions
+from moescope import checkpoints, fused, interventions, manifests, store
 from moescope.checkpoints import CheckpointError
 from moescope.decomposition import Decomposition
 from tests.model import models
@@ -52,18 +52,19 @@ def saved(folder, name="olmoe", **over):
     model = models.build(name, dtype=torch.bfloat16, **over)
     model.save_pretrained(folder)
     models.tokenizer().save_pretrained(folder)
-    return checkpoints.manifest("series", 7, "local", folder)
+    return manifests.on_disk("series", 7, folder)
 
 
 def copies(place):
-    return sorted(p.name for p in (place / "fused").iterdir()) if (place / "fused").exists() else []
+    """The names of the complete entries of the store."""
+    return sorted(path.parent.name for path in place.glob(f"entries/*/{store.RECORD}"))
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_copy_holds_the_same_weights(name, tmp_path, place):
     entry = saved(tmp_path / "it", name, **PUBLISHED[name])
     with checkpoints.acquire(entry) as directory:
-        assert directory.parent == place / "fused"
+        assert directory.parent.parent == place / "entries"
         mine, tokenizer = checkpoints.load(directory)
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "it", dtype=torch.bfloat16)
     other = theirs.state_dict()
@@ -86,7 +87,7 @@ def test_a_copy_is_made_once_and_again_when_its_source_changes(tmp_path, place):
     for _ in range(2):
         with checkpoints.acquire(entry) as directory:
             first = {p.name: p.stat().st_mtime_ns for p in directory.iterdir()}
-    assert copies(place) == [directory.name]
+    assert copies(place) == [directory.parent.name]
     with checkpoints.acquire(entry) as again:
         assert {p.name: p.stat().st_mtime_ns for p in again.iterdir()} == first
     changed = saved(tmp_path / "it", num_hidden_layers=2)
@@ -121,7 +122,7 @@ def test_what_the_record_says_is_true(tmp_path):
 def test_dense_small_and_fused_checkpoints_stay_where_they_are(tmp_path, place, monkeypatch):
     dense = saved(tmp_path / "dense", "olmo")
     models.build("olmoe").save_pretrained(tmp_path / "fused", save_original_format=False)
-    for entry in (dense, checkpoints.manifest("series", 7, "local", tmp_path / "fused")):
+    for entry in (dense, manifests.on_disk("series", 7, tmp_path / "fused")):
         with checkpoints.acquire(entry) as directory:
             assert str(directory) == entry["directory"]
     small = saved(tmp_path / "small")
@@ -131,36 +132,27 @@ def test_dense_small_and_fused_checkpoints_stay_where_they_are(tmp_path, place, 
     assert copies(place) == []
 
 
-@pytest.mark.parametrize("broken", [False, True], ids=["nothing there", "a broken one there"])
-def test_two_jobs_that_make_one_copy_at_once(broken, tmp_path, place, monkeypatch):
-    """Both have written theirs before either gives it its name: one stays, nothing is left over."""
-    entry = saved(tmp_path / "it")
-    if broken:
-        with checkpoints.acquire(entry) as directory:
-            (directory / fused.RECORD).unlink()
-    both, alone, made = threading.Barrier(2, timeout=60), threading.Lock(), []
-    write, targets = fused._write, fused._targets
-
-    def written(part, *rest):
-        write(part, *rest)
-        made.append(part)
-        both.wait()
+def test_two_jobs_that_want_one_copy_at_once(tmp_path, place, monkeypatch):
+    """One makes it, the other waits for it."""
+    entry, made, write = saved(tmp_path / "it"), [], fused._write
+    monkeypatch.setattr(fused, "_write", lambda part, *rest: made.append(part) or write(part, *rest))
+    both, alone, needed = threading.Barrier(2, timeout=60), threading.Lock(), fused.needed
 
     def one_after_the_other(*arguments):
         with alone:  # transformers patches itself while it builds a model: no two threads at once
-            return targets(*arguments)
+            return needed(*arguments)
 
     def job(_):
+        both.wait()
         with checkpoints.acquire(entry) as directory:
             return directory
 
-    monkeypatch.setattr(fused, "_write", written)
-    monkeypatch.setattr(fused, "_targets", one_after_the_other)
+    monkeypatch.setattr(fused, "needed", one_after_the_other)
     with ThreadPoolExecutor(2) as jobs:
         one, other = jobs.map(job, range(2))
-    assert len(set(made)) == 2
+    assert len(made) == 1
     assert one == other
-    assert copies(place) == [one.name]
+    assert copies(place) == [one.parent.name]
     mine, theirs = (checkpoints.load(at)[0].state_dict() for at in (one, tmp_path / "it"))
     assert all(torch.equal(mine[key], theirs[key]) for key in theirs)
 
@@ -172,7 +164,7 @@ def test_a_source_that_was_overwritten_is_refused(tmp_path, place):
     save_file({key: weight + 1 for key, weight in load_file(path).items()}, path, metadata={"format": "pt"})
     assert path.stat().st_size == entry["files"][path.name]["bytes"]
     with (
-        pytest.raises(fused.FusedError, match=r"model\.safetensors: is not the file of the manifest any more"),
+        pytest.raises(CheckpointError, match=r"model\.safetensors: is not the file of the manifest any more"),
         checkpoints.acquire(entry),
     ):
         pass
@@ -182,7 +174,7 @@ def test_a_source_that_was_overwritten_is_refused(tmp_path, place):
 def test_a_full_disk_is_told_before_anything_is_written(tmp_path, place, monkeypatch):
     entry = saved(tmp_path / "it")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
-    with pytest.raises(fused.FusedError, match=r"0\.0 GB are free; make room .* MOESCOPE_STORE"):
+    with pytest.raises(store.StoreError, match=r"0\.00 GB are free; make room, .* MOESCOPE_STORE"):
         checkpoints.acquire(entry).__enter__()
     assert copies(place) == []
 
@@ -210,7 +202,7 @@ def test_a_model_that_is_not_known_is_refused_in_one_line(change, told, tmp_path
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "mine", **code}))
     (tmp_path / "it" / "mine.py").write_text("raise SystemExit('code of the checkpoint was run')")
     monkeypatch.setattr("builtins.input", lambda *_: "y")
-    entry = checkpoints.manifest("series", 7, "local", tmp_path / "it")
+    entry = manifests.on_disk("series", 7, tmp_path / "it")
     with pytest.raises(CheckpointError, match=told) as error:
         checkpoints.acquire(entry).__enter__()
     assert "\n" not in str(error.value)
@@ -223,7 +215,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, place):
     weights = load_file(path)
     weights["model.layers.1.mlp.experts.3.down_proj.weight"][0, 0] = torch.nan
     save_file(weights, path, metadata={"format": "pt"})
-    entry = checkpoints.manifest("series", 7, "local", tmp_path / "it")
+    entry = manifests.on_disk("series", 7, tmp_path / "it")
     with (
         pytest.raises(fused.FusedError, match=r"layers\.1\.mlp\.experts\.down_proj holds a NaN"),
         checkpoints.acquire(entry),
@@ -285,7 +277,7 @@ def test_a_random_checkpoint_of_a_shape_is_mapped_where_it_lies(tmp_path, place)
     files = {p.name: p.read_bytes() for p in (tmp_path / "one").iterdir()}
     assert files == {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()}
     assert files != {p.name: p.read_bytes() for p in (tmp_path / "other").iterdir()}
-    entry = checkpoints.manifest("series", 0, "local", tmp_path / "one")
+    entry = manifests.on_disk("series", 0, tmp_path / "one")
     expected = {"layers": 3, "d": 64, "heads": 4, "experts": 16, "K": 8, "I": 24, "shared_I": 0}
     assert {name: entry["shape"][name] for name in expected} == expected
     with checkpoints.acquire(entry) as directory:

@@ -19,7 +19,7 @@ from tokenizers.models import BPE
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
-from moescope import checkpoints
+from moescope import checkpoints, loading, manifests
 from moescope.checkpoints import CheckpointError
 from moescope.precision import computing_in_float32, exact_products
 from tests.model import models
@@ -128,9 +128,9 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, name: str, dtype: torch
     assert torch.equal(inv_freq, models.build(name).model.rotary_emb.inv_freq)  # float32 whatever the weights are
     text = "The capital of Italy is Rome"
     assert tokenizer(text).input_ids == models.tokenizer()(text).input_ids
-    found = checkpoints.manifest("s", 7, "local", directory)["shape"]
+    found = manifests.on_disk("s", 7, directory)["shape"]
     assert found == shape_of(expected)
-    assert checkpoints.has_experts(checkpoints.read_config(directory)) == (found["experts"] > 0)
+    assert manifests.has_experts(manifests.read_config(directory)) == (found["experts"] > 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -207,7 +207,7 @@ def test_a_cast_that_overflows_is_refused(llama: Path):
 
 def test_a_missing_tensor_is_refused(llama: Path):
     change_weights(llama, lambda w: w.pop("model.layers.1.mlp.up_proj.weight"))
-    with refused(f"{llama}: model.layers.1.mlp.up_proj.weight is missing; fetch the checkpoint again"):
+    with refused(f"{llama}: model.layers.1.mlp.up_proj.weight is missing; fetch it again"):
         checkpoints.load(llama)
 
 
@@ -223,7 +223,7 @@ def test_missing_experts_are_refused(olmoe: Path):
 
 def test_a_wrong_shape_is_refused(llama: Path):
     change_config(llama, intermediate_size=40)
-    with refused(f"{llama}: model.layers.0.mlp.down_proj.weight has the wrong shape; fetch the checkpoint again"):
+    with refused(f"{llama}: model.layers.0.mlp.down_proj.weight has the wrong shape; fetch it again"):
         checkpoints.load(llama)
 
 
@@ -519,19 +519,85 @@ def test_autocast_is_refused():
 def test_weights_that_one_gpu_does_not_hold_are_spread_over_all(gpus: int, size: int, spread: bool, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (80 * 10**9, 80 * 10**9))
-    found = checkpoints._over_gpus("cuda", size)
+    found = loading._over_gpus("cuda", size)
     assert bool(found) == spread
     if spread:
         assert set(found["max_memory"]) == {0, 1}, "nothing may go to the CPU or the disk"
-    assert checkpoints._over_gpus("cpu", size) == {}
+    assert loading._over_gpus("cpu", size) == {}
 
 
 def test_weights_that_all_gpus_together_do_not_hold_are_refused(llama: Path, tmp_path: Path, monkeypatch):
     """accelerate then leaves the rest on the disk, where nothing can read or zero it."""
     rest = {"device_map": {"": "disk"}, "offload_folder": str(tmp_path / "rest")}
-    monkeypatch.setattr(checkpoints, "_over_gpus", lambda *_: rest)
+    monkeypatch.setattr(loading, "_over_gpus", lambda *_: rest)
     with refused(f"{llama}: the GPUs together do not hold its weights"):
         checkpoints.load(llama, device="cuda")
+
+
+# What identifies weights
+
+
+def test_the_fingerprint_is_that_of_the_weights_however_they_are_stored(tmp_path: Path):
+    whole = save(tmp_path / "whole", "olmoe", torch.bfloat16)
+    same = {
+        "sharded": save(tmp_path / "sharded", "olmoe", torch.bfloat16, max_shard_size="40KB"),
+        "fused": save(tmp_path / "fused", "olmoe", torch.bfloat16, save_original_format=False),
+    }
+    first = loading.fingerprint(checkpoints.load(whole)[0])
+    assert {name: loading.fingerprint(checkpoints.load(at)[0]) for name, at in same.items()} == dict.fromkeys(
+        same, first
+    )
+    assert loading.fingerprint(checkpoints.load(whole, "float32")[0]) == first, "wider storage, the same numbers"
+    change_weights(whole, lambda weights: [weight.mul_(1.01) for weight in weights.values()])
+    assert loading.fingerprint(checkpoints.load(whole)[0]) != first
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"])
+def test_a_change_of_one_tensor_changes_the_fingerprint(llama: Path, name: str):
+    first = loading.fingerprint(checkpoints.load(llama)[0])
+    change_weights(llama, lambda weights: weights[name].add_(1e-3))
+    assert loading.fingerprint(checkpoints.load(llama)[0]) != first
+
+
+# Pickles
+
+
+def as_pickles(directory: Path) -> Path:
+    """The same checkpoint with its weights as a pickle."""
+    torch.save(load_file(directory / "model.safetensors"), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    return directory
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pickled_tensors_are_loaded_where_that_is_allowed(tmp_path: Path, dtype: torch.dtype):
+    directory = save(tmp_path / "step7", "llama", dtype)
+    safe, _ = checkpoints.load(directory)
+    as_pickles(directory)
+    with refused(str(directory), "its weights are pickles", "allow_pickle: true"):
+        checkpoints.load(directory)
+    model, _ = checkpoints.load(directory, allow_pickle=True)
+    assert_equal_weights(model, safe)
+
+
+class Trap:
+    """A pickle that runs code when it is read."""
+
+    def __init__(self, sprung: Path):
+        self.sprung = sprung
+
+    def __reduce__(self):
+        return Path.touch, (self.sprung,)
+
+
+def test_the_code_of_a_pickle_is_not_run(llama: Path, tmp_path: Path):
+    as_pickles(llama)
+    torch.save({"model.norm.weight": Trap(tmp_path / "sprung")}, llama / "pytorch_model.bin")
+    with refused(str(llama)):
+        checkpoints.load(llama, allow_pickle=True)
+    assert not (tmp_path / "sprung").exists()
+    torch.load(llama / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "sprung").exists(), "it would have been run otherwise"
 
 
 # GGUF
@@ -660,7 +726,7 @@ def test_a_gguf_file_computes_as_its_model(gguf_folder: Path, name: str, quantis
     for text in TEXTS:
         assert tokenizer(text).input_ids == byte_level()(text).input_ids
         assert tokenizer.decode(tokenizer(text).input_ids) == text
-    shape = checkpoints.manifest("s", 0, "local", gguf_folder, file)["shape"]
+    shape = manifests.on_disk("s", 0, gguf_folder, gguf_file=file)["shape"]
     assert shape == shape_of(model)
 
 
@@ -681,14 +747,14 @@ def test_a_gguf_tokenizer_that_begins_every_text(gguf_folder: Path):
 def test_a_tokenizer_beside_a_gguf_file_counts_and_is_in_the_manifest(tmp_path: Path):
     model = models.build("llama", intermediate_size=64, vocab_size=len(byte_level()))
     write_gguf(tmp_path / "m.gguf", model, quantised=False)
-    assert set(checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")["files"]) == {"m.gguf"}
+    assert set(manifests.on_disk("s", 0, tmp_path, gguf_file="m.gguf")["files"]) == {"m.gguf"}
     models.tokenizer().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 8}))
     found, tokenizer = checkpoints.load(tmp_path, gguf_file="m.gguf")
     assert_equal_weights(found, model)
     assert tokenizer(TEXTS[0]).input_ids == models.tokenizer()(TEXTS[0]).input_ids
     assert tokenizer(TEXTS[0]).input_ids != byte_level()(TEXTS[0]).input_ids
-    named = set(checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")["files"])
+    named = set(manifests.on_disk("s", 0, tmp_path, gguf_file="m.gguf")["files"])
     assert named == {"m.gguf", "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moescope import checkpoints, files
-from moescope.checkpoints import CheckpointError
+from moescope import checkpoints, files, layout, manifests, steps
+from moescope.errors import MoescopeError
 
 LLAMA = {
     "model_type": "llama",
@@ -29,8 +29,8 @@ STEPS = st.lists(st.integers(0, 3_000), min_size=1, max_size=40, unique=True)
 
 @contextlib.contextmanager
 def refused(*parts: str):
-    """The block raises a CheckpointError of one line that holds all the parts."""
-    with pytest.raises(CheckpointError) as error:
+    """The block raises an error for users, of one line that holds all the parts."""
+    with pytest.raises(MoescopeError) as error:
         yield
     message = str(error.value)
     assert "\n" not in message
@@ -106,7 +106,7 @@ LLAMA_GGUF = {"block_count": 3, "embedding_length": 32, "attention__head_count":
     ],
 )
 def test_the_step_in_a_name(name: str, step: int):
-    assert checkpoints.step_of(name) == step
+    assert steps.step_of(name) == step
 
 
 def test_a_series_is_found_in_order_of_its_steps(tmp_path: Path):
@@ -114,9 +114,9 @@ def test_a_series_is_found_in_order_of_its_steps(tmp_path: Path):
         checkpoint(tmp_path / f"step{step}-tokens1B")
     checkpoint(tmp_path / "other")
     (tmp_path / "step5-notes.txt").write_text("no directory")
-    found = checkpoints.on_disk(str(tmp_path / "step*"))
+    found = layout.on_disk(str(tmp_path / "step*"))
     assert list(found.items()) == [(s, tmp_path / f"step{s}-tokens1B") for s in (30, 200, 1000)]
-    assert checkpoints.on_disk(str(tmp_path / "other")) == {0: tmp_path / "other"}
+    assert layout.on_disk(str(tmp_path / "other")) == {0: tmp_path / "other"}
 
 
 def test_places_as_people_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -124,31 +124,31 @@ def test_places_as_people_write_them(tmp_path: Path, monkeypatch: pytest.MonkeyP
     checkpoint(tmp_path / "runs [old]" / "ckpt-8")
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
-    assert checkpoints.on_disk("runs/step7/") == {7: Path("runs/step7")}
-    assert checkpoints.on_disk("~/runs/*") == {7: tmp_path / "runs" / "step7"}
-    assert checkpoints.on_disk("runs [old]/ckpt-8") == {8: Path("runs [old]/ckpt-8")}
-    assert checkpoints.on_disk("*/step?") == {7: Path("runs/step7")}
+    assert layout.on_disk("runs/step7/") == {7: Path("runs/step7")}
+    assert layout.on_disk("~/runs/*") == {7: tmp_path / "runs" / "step7"}
+    assert layout.on_disk("runs [old]/ckpt-8") == {8: Path("runs [old]/ckpt-8")}
+    assert layout.on_disk("*/step?") == {7: Path("runs/step7")}
 
 
 def test_two_directories_of_one_step_are_refused(tmp_path: Path):
     checkpoint(tmp_path / "step10")
     checkpoint(tmp_path / "checkpoint-0010")
     with refused("step10", "checkpoint-0010", "are both step 10", "narrow the pattern or rename one"):
-        checkpoints.on_disk(str(tmp_path / "*"))
+        layout.on_disk(str(tmp_path / "*"))
 
 
 def test_a_series_without_checkpoints_is_refused(tmp_path: Path):
     (tmp_path / "step1").write_text("no directory")
     for pattern in ("step*", "step1", "gone", "gone/*"):
         with refused(str(tmp_path / pattern), "no checkpoint directory matches; correct the path of the series"):
-            checkpoints.on_disk(str(tmp_path / pattern))
+            layout.on_disk(str(tmp_path / pattern))
 
 
 def test_one_directory_that_is_no_checkpoint_spoils_a_series(tmp_path: Path):
     checkpoint(tmp_path / "step1")
     (tmp_path / "step2").mkdir()
     with refused(f"{tmp_path / 'step2'}: has no config.json", "correct the path of the series"):
-        checkpoints.on_disk(str(tmp_path / "step*"))
+        layout.on_disk(str(tmp_path / "step*"))
 
 
 def test_what_belongs_to_a_checkpoint(tmp_path: Path):
@@ -156,7 +156,7 @@ def test_what_belongs_to_a_checkpoint(tmp_path: Path):
     for name in ("README.md", "optimizer.pt", "training_args.bin", "pytorch_model.bin", "modeling_mine.py"):
         (directory / name).write_text("something else")
     safetensors(directory / "consolidated.safetensors", {"the same": ("F32", [9], 4)})
-    found = checkpoints.checkpoint_files(directory)
+    found = layout.checkpoint_files(directory)
     assert {p.name for p in found} == {"config.json", "tokenizer.json", "model.safetensors"}
     assert all(p.parent == directory for p in found)
 
@@ -167,15 +167,15 @@ def test_the_shards_of_an_index_are_the_weights(tmp_path: Path):
     index = directory / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"b": shards[1], "a": shards[0], "c": shards[0]}}))
     with refused(f"{directory / shards[1]}: is not there", "index", "fetch it again"):
-        checkpoints.checkpoint_files(directory)
+        layout.checkpoint_files(directory)
     safetensors(directory / shards[1], {"b": ("F32", [6], 4)})
-    names = [p.name for p in checkpoints.checkpoint_files(directory)]
+    names = [p.name for p in layout.checkpoint_files(directory)]
     assert sorted(names) == sorted(["config.json", "tokenizer.json", index.name, *shards])
-    assert checkpoints.manifest("s", 1, "local", directory)["shape"]["parameters"] == 39 + 6
+    assert manifests.on_disk("s", 1, directory)["shape"]["parameters"] == 39 + 6
     for broken in ("{", "[]", '{"weight_map": []}', '{"weight_map": {"a": 3}}', "{}"):
         index.write_text(broken)
         with refused(f"{index}: is no index of weight files; fetch it again"):
-            checkpoints.checkpoint_files(directory)
+            layout.checkpoint_files(directory)
 
 
 @pytest.mark.parametrize("pickled", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt"])
@@ -183,46 +183,46 @@ def test_pickles_are_no_weights(tmp_path: Path, pickled: str):
     directory = checkpoint(tmp_path / "step1")
     (directory / "model.safetensors").unlink()
     with refused(f"{directory}: has no weights; put in safetensors"):
-        checkpoints.checkpoint_files(directory)
+        layout.checkpoint_files(directory)
     (directory / pickled).write_bytes(b"\x80\x04N.")
     with refused(f"{directory}: its weights are pickles", "save them as safetensors (model.save_pretrained does)"):
-        checkpoints.checkpoint_files(directory)
+        layout.checkpoint_files(directory)
 
 
 def test_a_gguf_file_must_be_named_and_there(tmp_path: Path):
     (tmp_path / "q8.gguf").write_bytes(b"GGUF")
     with refused(f"{tmp_path}: has no config.json", "name the GGUF file in gguf_file"):
-        checkpoints.on_disk(str(tmp_path))
+        layout.on_disk(str(tmp_path))
     with refused(f"{tmp_path}: has no file q4.gguf", "correct gguf_file"):
-        checkpoints.on_disk(str(tmp_path), "q4.gguf")
-    assert checkpoints.on_disk(str(tmp_path), "q8.gguf") == {0: tmp_path}
-    assert checkpoints.checkpoint_files(tmp_path, "q8.gguf") == [tmp_path / "q8.gguf"]
+        layout.on_disk(str(tmp_path), "q4.gguf")
+    assert layout.on_disk(str(tmp_path), "q8.gguf") == {0: tmp_path}
+    assert layout.checkpoint_files(tmp_path, "q8.gguf") == [tmp_path / "q8.gguf"]
     (tmp_path / "config.json").write_text("{}")  # not read beside a GGUF file, other than a tokenizer
     (tmp_path / "tokenizer.json").write_text("{}")
-    found = checkpoints.checkpoint_files(tmp_path, "q8.gguf")
+    found = layout.checkpoint_files(tmp_path, "q8.gguf")
     assert found == [tmp_path / "q8.gguf", tmp_path / "tokenizer.json"]
 
 
 @settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_all_and_last(available: list[int]):
-    assert checkpoints.select_steps("s", available, "all") == sorted(available)
-    assert checkpoints.select_steps("s", dict.fromkeys(available, "file")) == sorted(available)
-    assert checkpoints.select_steps("s", available, "last") == [max(available)]
+    assert steps.select("s", available, "all") == sorted(available)
+    assert steps.select("s", dict.fromkeys(available, "file")) == sorted(available)
+    assert steps.select("s", available, "last") == [max(available)]
 
 
 @settings(max_examples=60, deadline=None)
 @given(STEPS, st.integers(1, 50))
 def test_every_nth(available: list[int], n: int):
     counted = [s for i, s in enumerate(sorted(available)) if i % n == 0]
-    assert checkpoints.select_steps("s", available, {"every": n}) == counted
+    assert steps.select("s", available, {"every": n}) == counted
 
 
 @settings(max_examples=60, deadline=None)
 @given(STEPS, st.data())
 def test_a_list_of_steps(available: list[int], data: st.DataObject):
     wanted = data.draw(st.lists(st.sampled_from(available), min_size=1))
-    assert checkpoints.select_steps("s", available, wanted) == sorted(set(wanted))
+    assert steps.select("s", available, wanted) == sorted(set(wanted))
 
 
 @settings(max_examples=60, deadline=None)
@@ -234,12 +234,12 @@ def test_the_nearest_to_a_list(available: list[int], wanted: list[int]):
         while not {w - distance, w + distance} & set(available):
             distance += 1
         expected.add(w - distance if w - distance in available else w + distance)
-    assert checkpoints.select_steps("s", available, {"nearest": wanted}) == sorted(expected)
+    assert steps.select("s", available, {"nearest": wanted}) == sorted(expected)
 
 
 def test_of_two_steps_equally_near_the_earlier():
-    assert checkpoints.select_steps("s", [30, 10, 20], {"nearest": [15, 25, 400]}) == [10, 20, 30]
-    assert checkpoints.select_steps("s", [30, 10, 20], {"nearest": [16]}) == [20]
+    assert steps.select("s", [30, 10, 20], {"nearest": [15, 25, 400]}) == [10, 20, 30]
+    assert steps.select("s", [30, 10, 20], {"nearest": [16]}) == [20]
 
 
 @settings(max_examples=60, deadline=None)
@@ -247,8 +247,8 @@ def test_of_two_steps_equally_near_the_earlier():
 def test_a_step_that_is_not_there_is_told_with_its_neighbours(available: list[int], step: int):
     rest = [s for s in available if s != step] or [step + 1]
     order = sorted(rest, key=lambda s: abs(s - step))
-    with pytest.raises(CheckpointError) as error:
-        checkpoints.select_steps("series[0] (mine)", rest, [step, max(rest)])
+    with pytest.raises(MoescopeError) as error:
+        steps.select("series[0] (mine)", rest, [step, max(rest)])
     told, near = str(error.value).rsplit(" are ", 1)
     assert told == f"series[0] (mine): step {step} is not in the series; its neighbours"
     named = [int(n) for n in near.split(", ")]
@@ -259,9 +259,9 @@ def test_a_step_that_is_not_there_is_told_with_its_neighbours(available: list[in
 
 
 def test_a_series_without_steps_is_refused():
-    for steps in ("all", "last", [1], {"every": 2}, {"log": 3}, {"nearest": [4]}):
+    for chosen in ("all", "last", [1], {"every": 2}, {"log": 3}, {"nearest": [4]}):
         with refused("mine: the series has no checkpoints"):
-            checkpoints.select_steps("mine", [], steps)
+            steps.select("mine", [], chosen)
 
 
 @pytest.mark.parametrize(
@@ -285,7 +285,7 @@ def test_a_series_without_steps_is_refused():
     ],
 )
 def test_log_spaced_steps(available, n: int, expected: list[int]):
-    assert checkpoints.select_steps("s", reversed(available), {"log": n}) == expected
+    assert steps.select("s", reversed(available), {"log": n}) == expected
 
 
 @settings(max_examples=60, deadline=None)
@@ -298,7 +298,7 @@ def test_log_spacing_against_exact_arithmetic(available: list[int], n: int, with
         target = Fraction(first) ** (n - 1 - i) * Fraction(last) ** i
         ratios = {s: max(Fraction(s) ** (n - 1) / target, target / Fraction(s) ** (n - 1)) for s in available}
         expected.add(min(sorted(available), key=ratios.get))
-    found = checkpoints.select_steps("s", [0] * with_zero + available, {"log": n})
+    found = steps.select("s", [0] * with_zero + available, {"log": n})
     assert found == sorted(expected)
 
 
@@ -346,13 +346,13 @@ def test_log_spacing_against_exact_arithmetic(available: list[int], n: int, with
 )
 def test_the_shape_of_a_model(tmp_path: Path, config: dict, shape: dict):
     directory = checkpoint(tmp_path / "step3", config)
-    assert checkpoints.manifest("s", 3, "local", directory)["shape"] == {**shape, "parameters": 39}
-    assert checkpoints.has_experts(checkpoints.read_config(directory)) == (shape["experts"] > 0)
+    assert manifests.on_disk("s", 3, directory)["shape"] == {**shape, "parameters": 39}
+    assert manifests.has_experts(manifests.read_config(directory)) == (shape["experts"] > 0)
 
 
 def test_a_manifest_says_what_a_checkpoint_is(tmp_path: Path):
     directory = checkpoint(tmp_path / "step3")
-    found = checkpoints.manifest("mine", 3, "pretrain", directory, tokens=6144)
+    found = manifests.on_disk("mine", 3, directory, "pretrain", tokens=6144)
     facts = {name: found[name] for name in found if name not in ("shape", "files")}
     assert facts == {
         "series": "mine",
@@ -361,6 +361,8 @@ def test_a_manifest_says_what_a_checkpoint_is(tmp_path: Path):
         "source": "pretrain",
         "directory": str(directory),
         "gguf_file": None,
+        "allow_pickle": False,
+        "repo": None,
         "revision": None,
         "commit": None,
     }
@@ -368,7 +370,7 @@ def test_a_manifest_says_what_a_checkpoint_is(tmp_path: Path):
         content = (directory / name).read_bytes()
         assert found["files"].pop(name) == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     assert found["files"] == {}
-    assert checkpoints.manifest("mine", 3, "local", directory)["tokens"] is None
+    assert manifests.on_disk("mine", 3, directory)["tokens"] is None
     assert json.loads(json.dumps(found)) == found
 
 
@@ -377,13 +379,13 @@ def test_a_broken_configuration_is_refused(tmp_path: Path, content: bytes):
     directory = checkpoint(tmp_path / "step3")
     (directory / "config.json").write_bytes(content)
     with refused(str(directory / "config.json"), "fetch the file again"):
-        checkpoints.manifest("s", 3, "local", directory)
+        manifests.on_disk("s", 3, directory)
 
 
 def test_headers_of_safetensors(tmp_path: Path):
     tensors = {"a": ("BF16", [3, 5], 2), "b": ("F32", [], 4), "empty": ("F32", [0, 8], 4)}
     for metadata in (True, False):
-        found = checkpoints.safetensors_header(safetensors(tmp_path / "m.safetensors", tensors, metadata))
+        found = layout.safetensors_header(safetensors(tmp_path / "m.safetensors", tensors, metadata))
         assert {name: (tensor["dtype"], tensor["shape"]) for name, tensor in found.items()} == {
             name: (dtype, shape) for name, (dtype, shape, _) in tensors.items()
         }
@@ -395,9 +397,9 @@ def test_a_weight_file_cut_anywhere_is_refused(tmp_path: Path):
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
         with refused(f"{path}: is ", "fetch it again"):
-            checkpoints.safetensors_header(path)
+            layout.safetensors_header(path)
     with refused(str(path)):
-        checkpoints.manifest("s", 3, "local", path.parent)
+        manifests.on_disk("s", 3, path.parent)
 
 
 @pytest.mark.parametrize(
@@ -421,19 +423,19 @@ def test_a_garbage_header_is_refused(tmp_path: Path, header: bytes):
     path = tmp_path / "model.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
     with refused(f"{path}: is no whole safetensors file", "fetch it again"):
-        checkpoints.safetensors_header(path)
+        layout.safetensors_header(path)
 
 
 def test_a_web_page_in_the_place_of_weights_is_refused(tmp_path: Path):
     path = tmp_path / "model.safetensors"
     path.write_text("<!doctype html><title>503 Service Unavailable</title>" * 9)
     with refused(f"{path}: is no whole safetensors file", "the header is cut"):
-        checkpoints.safetensors_header(path)
+        layout.safetensors_header(path)
 
 
 def test_the_shape_of_a_gguf_file(tmp_path: Path):
     path = gguf_model(tmp_path / "m.gguf", **LLAMA_GGUF)
-    found = checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")
+    found = manifests.on_disk("s", 0, tmp_path, gguf_file="m.gguf")
     shape = {"layers": 3, "d": 32, "heads": 4, "experts": 0, "K": 0, "I": 64, "shared_I": 0, "parameters": 352}
     assert found["shape"] == shape
     assert found["gguf_file"] == "m.gguf"
@@ -444,7 +446,7 @@ def test_the_shape_of_a_gguf_file(tmp_path: Path):
 def test_a_gguf_file_with_experts_is_refused(tmp_path: Path):
     path = gguf_model(tmp_path / "m.gguf", "qwen2moe", **LLAMA_GGUF, expert_count=8, expert_used_count=2)
     with refused(f"{path}: routes between experts", "use the Hugging Face format"):
-        checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")
+        manifests.on_disk("s", 0, tmp_path, gguf_file="m.gguf")
 
 
 def test_a_gguf_file_cut_anywhere_is_refused(tmp_path: Path):
@@ -454,15 +456,15 @@ def test_a_gguf_file_cut_anywhere_is_refused(tmp_path: Path):
     for length in [*range(0, 400, 7), used // 2, used - 200, used - 1]:
         path.write_bytes(whole[:length])
         with refused(f"{path}: cannot be read as GGUF", "fetch the file again"):
-            checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")
+            manifests.on_disk("s", 0, tmp_path, gguf_file="m.gguf")
     path.write_bytes(b"\x93" * 500)
     with refused(f"{path}: cannot be read as GGUF (ValueError: GGUF magic invalid)"):
-        checkpoints.manifest("s", 0, "local", tmp_path, "m.gguf")
+        manifests.on_disk("s", 0, tmp_path, gguf_file="m.gguf")
 
 
 def test_an_acquired_checkpoint_is_the_one_of_its_manifest(tmp_path: Path):
     directory = checkpoint(tmp_path / "step3")
-    entry = json.loads(json.dumps(checkpoints.manifest("s", 3, "local", directory)))
+    entry = json.loads(json.dumps(manifests.on_disk("s", 3, directory)))
     with checkpoints.acquire(entry) as found:
         assert found == directory
     (directory / "README.md").write_text("a file that is not of the checkpoint")
@@ -481,5 +483,61 @@ def test_an_acquired_checkpoint_is_the_one_of_its_manifest(tmp_path: Path):
 
 
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path):
-    with pytest.raises(checkpoints.CheckpointError, match=r"nowhere: there is no such folder; correct the path"):
-        checkpoints.checkpoint_files(tmp_path / "nowhere")
+    with pytest.raises(layout.CheckpointError, match=r"nowhere: there is no such folder; correct the path"):
+        layout.checkpoint_files(tmp_path / "nowhere")
+
+
+def pickled(directory: Path, *names: str, shards: tuple[str, ...] = ()) -> Path:
+    """A checkpoint whose weights are pickles (by name: nothing here looks into them)."""
+    (checkpoint(directory) / "model.safetensors").unlink()
+    for name in (*names, *shards):
+        (directory / name).write_bytes(b"a pickle")
+    if shards:
+        index = {"weight_map": {f"w{i}": name for i, name in enumerate(shards)}}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    return directory
+
+
+def test_pickles_are_read_only_where_that_is_allowed(tmp_path: Path):
+    whole = pickled(tmp_path / "step1", "pytorch_model.bin")
+    shards = ("pytorch_model-1-of-2.bin", "pytorch_model-2-of-2.bin")
+    sharded = pickled(tmp_path / "step2", shards=shards)
+    for directory, names in ((whole, ("pytorch_model.bin",)), (sharded, shards)):
+        with refused(str(directory), "its weights are pickles", "allow_pickle: true"):
+            layout.checkpoint_files(directory)
+        found = [path.name for path in layout.checkpoint_files(directory, allow_pickle=True)]
+        assert tuple(name for name in found if layout.is_weights(name)) == names
+        entry = manifests.on_disk("s", 1, directory, allow_pickle=True)
+        assert (entry["allow_pickle"], entry["shape"]["parameters"]) == (True, None)
+    (whole / "model.safetensors").write_bytes(b"")
+    assert whole / "pytorch_model.bin" not in layout.checkpoint_files(whole, allow_pickle=True), "the safe ones first"
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../secret", ".."])
+def test_an_index_that_names_files_elsewhere_is_refused(tmp_path: Path, name: str):
+    directory = checkpoint(tmp_path / "step1")
+    (directory / "model.safetensors").rename(tmp_path / "secret")
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"w": name}}))
+    with refused(str(directory), repr(name), "leads out of its folder"):
+        layout.checkpoint_files(directory)
+    with refused("leads out of its folder"):
+        layout.checkpoint_files(directory, gguf_file=name)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path, name: str):
+    directory = checkpoint(tmp_path / "step1")
+    (directory / name).rename(tmp_path / "elsewhere")
+    (directory / name).symlink_to(tmp_path / "elsewhere")
+    with refused(f"{directory / name}: is a link out of its folder; put the file itself there"):
+        layout.checkpoint_files(directory)
+
+
+def test_links_within_the_cache_of_the_hub_are_followed(tmp_path: Path):
+    snapshot = checkpoint(tmp_path / "models--lab--it" / "snapshots" / "abc")
+    blobs = tmp_path / "models--lab--it" / "blobs"
+    blobs.mkdir()
+    for path in list(snapshot.iterdir()):
+        path.rename(blobs / path.name)
+        path.symlink_to(Path("../../blobs") / path.name)
+    assert {path.name for path in layout.checkpoint_files(snapshot)} >= {"config.json", "model.safetensors"}

@@ -94,7 +94,18 @@ def test_bring_your_own_is_its_own_keys_and_defaults():
     own = {"name": "mine", "source": "local", "path": "runs/step*"}
     assert raw == {"series": [own]}
     assert config.effective(raw) == {
-        "series": [{**own, "steps": "all", "studies": None, "dtype": "auto", "repo": None, "gguf_file": None}],
+        "series": [
+            {
+                **own,
+                "steps": "all",
+                "studies": None,
+                "dtype": "auto",
+                "repo": None,
+                "gguf_file": None,
+                "allow_pickle": False,
+                "allow_duplicates": False,
+            }
+        ],
         "relations": {"source": "embedded", "names": "all", "seed": 0},
         "attribution": {"target": "object", "norm": "final", "uncertainty": "groups"},
         "studies": ["dynamics"],
@@ -145,7 +156,7 @@ def test_the_raw_configuration_stays_as_it_is():
         ({}, ["'series' is missing"]),
         ({"series": [{"source": "local", "path": "x"}]}, ["series[0]", "'name' is missing"]),
         ({"series": [{"name": "mine", "path": "x"}]}, ["series[0]", "'source' is missing", "pretrain", "local"]),
-        (one(LOCAL, source="hub"), ["series[0].source", "'hub'", "known are pretrain, local"]),
+        (one(LOCAL, source="web"), ["series[0].source", "'web'", "known are pretrain, local, hub"]),
         (one(LOCAL, dtype="bfloat"), ["series[0].dtype", "did you mean 'bfloat16'?"]),
         (one(LOCAL, steps="lst"), ["series[0].steps", "{every: n}", "{nearest: [..]}"]),
         (one(LOCAL, steps={"evry": 2}), ["series[0].steps", "{every: n}"]),

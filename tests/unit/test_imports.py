@@ -3,9 +3,12 @@
 import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import yaml
 
+from moescope import digest
 from tests.examples import ROOT
 
 LIBRARY = ROOT / "workflow" / "scripts" / "moescope"
@@ -48,12 +51,13 @@ def test_names_come_through_the_package():
 
 #: Modules from the ground up; each may import those above it in this list, never one below.
 ORDER = """
-    errors files tables relations targets statistics digest job provenance resume config facts fused checkpoints
+    errors files tables relations targets statistics digest job provenance resume config facts
+    steps layout catalog hub cataloguing manifests audit store fused loading checkpoints
     scratch norms decomposition precision timing unembedding moments lpi local_norm readout clean memory
     scores attribution masking pretraining
     neuron_sets selection interventions replay ablation faithfulness
     sample overview dynamics prompt_dynamics layer_dynamics robustness sparsity published
-    drawing plots dynamics_plots ablation_plots comparison_plots report dynamics_report plan
+    drawing plots dynamics_plots ablation_plots comparison_plots report dynamics_report plan costs estimate
 """.split()  # noqa: SIM905 (one line a layer is easier to read)
 
 
@@ -65,6 +69,24 @@ def library_imports(module: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("moescope."):
             found.add(node.module.removeprefix("moescope."))
     return found
+
+
+ADAPTERS = sorted((ROOT / "workflow" / "scripts").glob("*.py"))
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS, ids=[path.stem for path in ADAPTERS])
+def test_the_environment_of_a_job_holds_what_it_imports(adapter: Path):
+    """The one without torch where the code behind an adapter never names it."""
+    nodes = [
+        node for path in (adapter, *digest.modules(adapter).values()) for node in ast.walk(ast.parse(path.read_text()))
+    ]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    packages = {name.split(".")[0].replace("_", "-") for name in names} - {"moescope", "--future--", "markupsafe"}
+    foreign = {name for name in packages if name not in sys.stdlib_module_names}
+    environment = yaml.safe_load((ROOT / "envs" / ("lm.yaml" if "torch" in foreign else "analysis.yaml")).read_text())
+    (pinned,) = (part["pip"] for part in environment["dependencies"] if isinstance(part, dict))
+    assert foreign <= {package.split(" ")[0] for package in pinned}
 
 
 def test_the_order_is_complete():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from moescope import facts, plan, relations
+from moescope import catalog, facts, plan, relations
 from moescope.errors import MoescopeError
 from tests.examples import ROOT
 
@@ -194,3 +194,72 @@ def test_a_study_that_cannot_be_is_refused(keys: dict, parts: list[str]):
     with pytest.raises(MoescopeError) as error:
         of(TRAINED, DENSE, **keys)
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def listed(repo: str, *revisions: str, size: int | None = 7, **model) -> None:
+    """A catalog of a hub repository, as listing it would write it."""
+    folder = Path(catalog.FOLDER)
+    rows = [{"revision": r, "commit": "ab" * 20, "bytes": size, "step": catalog.named(r)[0]} for r in revisions]
+    catalog.write(rows, folder / catalog.file_name(repo))
+    (folder / catalog.file_name(repo, ".json")).write_text(json.dumps({"model_type": "olmoe", **model}))
+
+
+HUB = {"name": "there", "source": "hub", "repo": "lab/model"}
+
+
+def test_a_series_of_the_hub_is_what_its_catalog_says():
+    listed("lab/model", "step0", "step10-tokens2B", "step20-tokens4B", "main", num_experts=8)
+    found = of({**HUB, "steps": {"every": 2}}).series["there"]
+    assert (found.steps, found.kind, found.architecture, found.on_hub) == ((0, 20), "moe", "olmoe", True)
+    assert found.files == {0: (), 10: (), 20: ()}
+    assert (found.revisions[20].revision, found.revisions[20].tokens, found.size(20)) == (
+        "step20-tokens4B",
+        4 * 10**9,
+        7,
+    )
+    listed("lab/model", "step0", size=None)
+    dense = of(HUB).series["there"]
+    assert (dense.kind, dense.size(0)) == ("dense", None)
+
+
+def test_a_single_revision_is_step_main_and_has_no_course():
+    listed("lab/model", "main")
+    found = of({**HUB, "revision": "main"}, TRAINED)
+    assert found.series["there"].steps == ("main",)
+    assert found.series["there"].size("main") == 7
+    assert list(found.dynamics) == list(found.ablation) == ["tiny"]
+    assert of({**HUB, "revision": "v2"}).series["there"].size("main") is None
+
+
+def test_the_steps_of_the_papers():
+    pair = [{**HUB, "name": n, "repo": r, "steps": "paper"} for n, r in zip("ab", catalog.PAPER, strict=True)]
+    found = of(*pair, ablation={"steps": "paper"})
+    assert [len(found.series[name].steps) for name in "ab"] == [19, 13]
+    assert found.series["b"].steps[-1] == 557_000
+    assert found.ablation == found.dynamics
+    assert found.routed_by == {"b": "a"}
+    assert found.matched_step("b", 557_000) == 600_000
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"repo": "lab/other"}, r"series\[0\] \(there\): lab/other has no catalog; run: make catalog"),
+        ({"steps": [5]}, r"step 5 is not in the series; its neighbours are 0, 10"),
+        ({"steps": "paper"}, r"no paper reports steps of this repository; write them as a list"),
+        ({"stage": "stage1"}, r"no branch of lab/model is a training step by its name"),
+        ({"pattern": "("}, r"series\[0\].pattern: is no regular expression"),
+        ({"pattern": "step.*"}, r"series\[0\].pattern: has no group for the step"),
+        ({"pattern": "step(?P<step>.*)"}, r"are no whole numbers; correct pattern"),
+        ({"pattern": "(?P<step>)", "stage": "stage1"}, r"series\[0\].pattern: stands for the known names"),
+        ({"revision": "main", "stage": "stage1"}, r"series\[0\].revision: is a single checkpoint, which has no stage"),
+        ({"revision": "main", "steps": [5]}, r"series\[0\].revision: is a single checkpoint, which has no steps"),
+        ({"repo": "model"}, r"write owner/name"),
+        ({"repo": "../etc/passwd"}, r"write owner/name"),
+        ({"path": "runs"}, r"series\[0\].path: unknown key"),
+    ],
+)
+def test_what_a_series_of_the_hub_is_refused_for(given: dict, told: str):
+    listed("lab/model", "step0", "step10", "stepx")
+    with pytest.raises(MoescopeError, match=told):
+        of({**HUB, **given})

@@ -88,6 +88,7 @@ def series(name="tiny-olmoe", source="pretrain", experts=32, steps=(0, 700), exp
         "accuracy": overview.accuracy(predictions, prompts, met if exposure else None),
         "layer_importance": overview.layer_importance(layers, prompts),
         "figures": {figure: png(0.1 * i) for i, figure in enumerate(ALL if experts else ALL[:3])},
+        "audit": {"gaps": [], "duplicates": [], "remarks": []},
     }
     return report.Series(**(given | changes))
 
@@ -329,3 +330,31 @@ def test_equal_input_gives_equal_pages_written_whole(shown, tmp_path):
     report.write(page, tmp_path / "results" / "report.html")
     assert (tmp_path / "results" / "report.html").read_text(encoding="utf-8") == page
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["report.html"]
+
+
+def alone(**changes):
+    """The text of a report on one series."""
+    return Page(report.build([series(**changes)], FOLDER)).text
+
+
+def test_what_cannot_be_trusted_stands_first():
+    found = {
+        "gaps": [[step, step + 20] for step in range(0, 1400, 200)],
+        "duplicates": [["500", "510"]],
+        "remarks": ["Step 7 stands for step 8."],
+    }
+    text = alone(audit=found)
+    assert text.index("the series has gaps") < text.index("What was run", text.index("Read this first"))
+    assert "between steps 0 to 20, 200 to 220, 400 to 420, 600 to 620, 800 to 820 and 2 more." in text
+    assert "steps 500 and 510 have the same weights" in text
+    assert "Step 7 stands for step 8." in text
+    assert "gaps" not in alone()
+
+
+def test_a_series_of_the_hub_is_named_with_repository_and_commit():
+    manifest = {**series().manifest, "repo": "lab/model", "commit": "0123456789abcdef" * 2}
+    manifest["files"] = {**manifest["files"], "config.json": {"bytes": 7, "git_sha1": "cd" * 20}}
+    text = alone(source="hub", manifest=manifest)
+    assert "lab/model" in text
+    assert "0123456789ab" in text
+    assert f"{'cd' * 20} (git)" in text

@@ -18,7 +18,7 @@ from tests.examples import ROOT
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TRAINING = {"steps": 12, "batch": 4, "length": 32, "vocabulary": 300}
 #: Targets that only collect.
-COLLECTING = ("all", "default", "attribution", "ablation", "dynamics")
+COLLECTING = ("all", "default", "attribution", "ablation", "dynamics", "audit")
 #: A mixture of experts, scored at three of its four checkpoints, and a dense model, scored at both of its two.
 CONFIG = {
     "series": [
@@ -70,26 +70,38 @@ def _tracked() -> list[str]:
 
 
 def snakemake(
-    folder: Path, *arguments: str, root: Path | None = None, config: dict | None = None
+    folder: Path, *arguments: str, root: Path | None = None, config: dict | None = None, **variables: str
 ) -> subprocess.CompletedProcess:
-    """Run Snakemake in a folder on the workflow (in ``root``), as a user would: nothing but its own environment."""
+    """Run Snakemake in a folder on the workflow (in ``root``), as a user would: nothing but its own environment, and
+    these variables."""
     if config is not None:
         (folder / "config-of-test.yaml").write_text(yaml.safe_dump(config))
+    command, given = command_in(folder, root), environment() | variables
+    return subprocess.run([*command, *arguments], cwd=folder, env=given, capture_output=True, text=True, timeout=600)
+
+
+def command_in(folder: Path, root: Path | None = None) -> list[str]:
+    """Snakemake on the workflow, with the configuration of a folder if it has one."""
     command = [sys.executable, "-m", "snakemake", "--snakefile", str((root or workflow()) / "Snakefile")]
-    if (folder / "config-of-test.yaml").exists():
-        command += ["--configfile", "config-of-test.yaml"]
-    command += arguments
-    return subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    return [*command, *(["--configfile", "config-of-test.yaml"] if (folder / "config-of-test.yaml").exists() else [])]
 
 
 def environment() -> dict[str, str]:
     """The environment without what pytest or a developer added to it."""
-    return {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "SNAKEMAKE_PROFILE")}
+    own = ("PYTHONPATH", "SNAKEMAKE_PROFILE", "MOESCOPE_STORE", "MOESCOPE_KEEP")
+    return {key: value for key, value in os.environ.items() if key not in own}
 
 
-def planned(folder: Path, *arguments: str, root: Path | None = None, config: dict | None = None) -> dict[str, int]:
+def library(folder: Path, module: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    """Run a module of the library in a folder, as the targets of the Makefile do."""
+    given = environment() | {"PYTHONPATH": str(workflow() / "workflow" / "scripts")} | variables
+    command = [sys.executable, "-m", f"moescope.{module}", *arguments]
+    return subprocess.run(command, cwd=folder, env=given, capture_output=True, text=True, timeout=600)
+
+
+def planned(folder: Path, *arguments: str, **options) -> dict[str, int]:
     """Number of jobs by rule that a dry run announces, targets that only collect aside; empty where nothing is."""
-    result = snakemake(folder, "--dry-run", *arguments, root=root, config=config)
+    result = snakemake(folder, "--dry-run", *arguments, **options)
     assert result.returncode == 0, result.stdout + result.stderr
     text = result.stdout + result.stderr
     if "Nothing to be done" in text:

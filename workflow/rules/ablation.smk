@@ -18,7 +18,7 @@ rule ablate:
         provenance="results/{series}/{step}/provenance/ablate.json",
     log:
         "results/logs/ablate/{series}/{step}.log",
-    priority: 2
+    priority: FIRST
     conda:
         "../../envs/lm.yaml"
     threads: scoring_threads

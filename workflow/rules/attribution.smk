@@ -13,6 +13,8 @@ for kind, names in KINDS.items():
             f"attribute_{kind}"
         input:
             manifest="results/{series}/{step}/manifest.json",
+            # before any weights are fetched; but a series that grows is no reason to score its other steps again
+            audit=ancient("results/{series}/audit.json"),
             prompts="results/prompts.parquet",
         output:
             **checkpoint_tables(kind),
@@ -21,6 +23,7 @@ for kind, names in KINDS.items():
             "results/logs/attribute/{series}/{step}.log",
         wildcard_constraints:
             series=one_of(names),
+        priority: scoring_priority
         conda:
             "../../envs/lm.yaml"
         threads: scoring_threads
@@ -39,6 +42,7 @@ for kind, names in KINDS.items():
             manifest=each_step("manifest.json"),
             predictions=each_step("predictions.parquet"),
             layers=each_step("layers.parquet"),
+            provenance=each_step("provenance/attribute.json"),
             routing=last_routing,
             exposure=exposure,
             prompts="results/prompts.parquet",
@@ -52,7 +56,7 @@ for kind, names in KINDS.items():
             "../../envs/analysis.yaml"
         params:
             code=code("overview.py"),
-            cfg={"seed": PLAN.facts.seed},
+            cfg=overview_cfg,
         message:
             "Summarising {wildcards.series}"
         script:

@@ -1,4 +1,5 @@
-"""Checkpoints: the series that are trained here, and the manifest of every checkpoint (listing and hashes, no weights)."""
+"""Checkpoints: the series that are trained here, the manifest of every checkpoint (listing and hashes, no weights), and
+whether those of a series can be trusted."""
 
 for series in PRETRAINED:
 
@@ -14,7 +15,7 @@ for series in PRETRAINED:
             provenance=f"results/{series.name}/provenance/pretrain.json",
         log:
             f"results/logs/pretrain/{series.name}.log",
-        priority: 1
+        priority: FIRST
         conda:
             "../../envs/lm.yaml"
         params:
@@ -43,3 +44,26 @@ rule manifest:
         "Listing checkpoint {wildcards.step} of {wildcards.series}"
     script:
         "../scripts/manifest.py"
+
+
+rule audit_series:
+    input:
+        manifests=each_step("manifest.json"),
+    output:
+        "results/{series}/audit.json",
+    log:
+        "results/logs/audit/{series}.log",
+    conda:
+        "../../envs/analysis.yaml"
+    params:
+        code=code("audit.py"),
+        cfg=audit_cfg,
+    message:
+        "Checking the manifests of {wildcards.series} against one another"
+    script:
+        "../scripts/audit.py"
+
+
+rule audit:
+    input:
+        expand("results/{series}/audit.json", series=list(PLAN.series)),

@@ -13,7 +13,7 @@ SCRIPTS = ROOT / "workflow" / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 os.environ.update(PYTHONPATH=os.pathsep.join(filter(None, [str(SCRIPTS), os.environ.get("PYTHONPATH")])))
 
-from moescope import digest, plan
+from moescope import catalog, digest, plan
 from moescope.errors import MoescopeError
 
 try:
@@ -56,7 +56,7 @@ def one_of(names):
 
 wildcard_constraints:
     series=one_of(PLAN.series),
-    step=r"\d+",
+    step=rf"\d+|{plan.MAIN}",
 
 
 def code(adapter, *data):
@@ -91,9 +91,14 @@ def drawn(study, figures):
     return {f"{figure}_{end}": f"{folder}/{figure}.{end}" for figure in figures for end in ("pdf", "png")}
 
 
+def step_of(wildcards):
+    """The step that a job is about, as the plan knows it."""
+    return int(wildcards.step) if wildcards.step != plan.MAIN else plan.MAIN
+
+
 def checkpoint_files(wildcards):
-    """The files of a checkpoint."""
-    return PLAN.series[wildcards.series].files[int(wildcards.step)]
+    """The files of a checkpoint on this disk: none where it is on the hub."""
+    return PLAN.series[wildcards.series].files[step_of(wildcards)]
 
 
 def each_step(name, steps=None):
@@ -129,13 +134,34 @@ def pretrain_cfg(series):
 
 def manifest_cfg(wildcards):
     """What the listing of a checkpoint is told."""
-    entry = PLAN.series[wildcards.series].entry
-    return {"source": entry["source"], "gguf_file": entry.get("gguf_file")}
+    series = PLAN.series[wildcards.series]
+    told = ("source", "repo", "gguf_file", "allow_pickle")
+    cfg = {key: series.entry[key] for key in told if series.entry.get(key)}
+    if series.on_hub:
+        found = series.revisions[step_of(wildcards)]
+        cfg |= {"revision": found.revision, "tokens": found.tokens}
+    return cfg
+
+
+def audit_cfg(wildcards):
+    """What the audit of a series is told, beside the manifests: what the catalog says now."""
+    series = PLAN.series[wildcards.series]
+    return {
+        "commits": {found.revision: found.commit for found in series.revisions.values() if found.commit},
+        "gaps": [list(pair) for pair in catalog.gaps(sorted(series.files))] if len(series.files) > 1 else [],
+        "remarks": catalog.remarks(series.entry.get("repo"), series.steps),
+        "allow_duplicates": series.entry["allow_duplicates"],
+    }
 
 
 def attribute_cfg(wildcards):
     """What the scoring of a checkpoint is told."""
     return {"dtype": PLAN.series[wildcards.series].entry["dtype"], **PLAN.config["attribution"]}
+
+
+def overview_cfg(wildcards):
+    """What the summary of a series is told."""
+    return {"seed": PLAN.facts.seed, "allow_duplicates": PLAN.series[wildcards.series].entry["allow_duplicates"]}
 
 
 def summary_tables():
@@ -157,10 +183,24 @@ def figure_files(*ends):
     ]
 
 
+#: Checkpoints in the order in which they are best scored: by step, because the next one is fetched ahead; mixtures of
+#: experts first, because dense ones are seen through their routing.
+SCORED = [(name, step) for kind in ("moe", "dense") for name in PLAN.of_kind(kind) for step in PLAN.series[name].steps]
+#: A checkpoint's other jobs come before the next checkpoint, while it is on this disk.
+FIRST = len(SCORED) + 1
+PRIORITIES = {one: len(SCORED) - place for place, one in enumerate(SCORED)}
+
+
+def scoring_priority(wildcards):
+    """Earlier places in the order first."""
+    return PRIORITIES[wildcards.series, step_of(wildcards)]
+
+
 def scoring_threads(wildcards):
-    """One core for a small checkpoint, so that many run side by side; all of them for one above 50 MB."""
-    size = PLAN.series[wildcards.series].size(int(wildcards.step))
-    return workflow.cores if size > 50e6 else 1
+    """One core for a small checkpoint, so that many run side by side; all of them for one above 50 MB, or of a size that
+    is not known."""
+    size = PLAN.series[wildcards.series].size(step_of(wildcards))
+    return workflow.cores if size is None or size > 50e6 else 1
 
 
 # --- ablation and study dynamics
@@ -193,7 +233,7 @@ def with_groups(files):
 
 def matched_routing(wildcards):
     """The routing of the paired mixture of experts at the step nearest to that of a dense checkpoint."""
-    step = PLAN.matched_step(wildcards.series, int(wildcards.step))
+    step = PLAN.matched_step(wildcards.series, step_of(wildcards))
     return f"results/{PLAN.routed_by[wildcards.series]}/{step}/routing.parquet"
 
 
@@ -395,7 +435,8 @@ def series_targets(series):
     """The tables of one series and of its checkpoints."""
     kind = series.kind
     each = [*checkpoint_tables(kind).values(), "results/{series}/{step}/manifest.json"]
-    once = [f"results/tables/attribution/{{series}}/{table}.csv" for table in series_tables(kind)]
+    once = ["results/{series}/audit.json"]
+    once += [f"results/tables/attribution/{{series}}/{table}.csv" for table in series_tables(kind)]
     if series.pretrained:
         once += ["results/{series}/training.parquet", "results/{series}/exposure.parquet"]
     return expand(each, series=series.name, step=series.steps) + expand(once, series=series.name)

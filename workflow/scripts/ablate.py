@@ -11,14 +11,13 @@ with job(snakemake):
     entry = json.loads(Path(snakemake.input.manifest).read_text())
     prompts, scored = tables.read(snakemake.input.prompts), ("heads", "ffn_neurons", "ffn_groups")
     frames = {name: tables.read(snakemake.input[name]) for name in scored if snakemake.input.get(name)}
-    with checkpoints.acquire(entry) as directory:
-        model, tokenizer = checkpoints.load(directory, cfg["dtype"], device(snakemake), entry["gguf_file"])
-        with precision.computing_in_float32(model):
-            run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"], cfg["norm"])
-            ablated, found = ablation.ablate_run(run, frames, cfg["rankings"], cfg["seeds"], cfg["seed"], progress=True)
-            results = {"ablations": ablated}
-            if cfg["neurons"]:
-                results |= faithfulness.faithfulness(run, frames, cfg["neurons"], cfg["seed"], progress=True)
+    opened = checkpoints.opened(entry, cfg["dtype"], device(snakemake))
+    with opened as (model, tokenizer), precision.computing_in_float32(model):
+        run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"], cfg["norm"])
+        ablated, found = ablation.ablate_run(run, frames, cfg["rankings"], cfg["seeds"], cfg["seed"], progress=True)
+        results = {"ablations": ablated}
+        if cfg["neurons"]:
+            results |= faithfulness.faithfulness(run, frames, cfg["neurons"], cfg["seed"], progress=True)
     for name, frame in results.items():
         tables.write(frame, snakemake.output[name])
     provenance.write(snakemake.output.provenance, cfg, device=device(snakemake), decomposition_error=run.error, **found)

@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
-from moescope import attribution, checkpoints, provenance, tables
+from moescope import attribution, audit, checkpoints, loading, provenance, tables
 from moescope.job import device, job, memory
 
 with job(snakemake):
     cfg = snakemake.params.cfg
     entry = json.loads(Path(snakemake.input.manifest).read_text())
-    with checkpoints.acquire(entry) as directory:
-        model, tokenizer = checkpoints.load(directory, cfg["dtype"], device(snakemake), entry["gguf_file"])
+    if following := checkpoints.next_entry(Path(snakemake.input.manifest), "predictions.parquet"):
+        checkpoints.ahead(following)
+    with checkpoints.opened(entry, cfg["dtype"], device(snakemake)) as (model, tokenizer):
         frames, found = attribution.attribute_with_report(
             model,
             tokenizer,
@@ -21,7 +22,9 @@ with job(snakemake):
             progress=True,
             mem_mb=memory(snakemake),
         )
+        fingerprint = loading.fingerprint(model)
     for name, frame in frames.items():
         tables.write(frame, snakemake.output[name])
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    found |= {"fingerprint": fingerprint, "same_weights": audit.same_weights(audited, entry)}
     provenance.write(snakemake.output.provenance, cfg, dtype=dtype, device=device(snakemake), **found)

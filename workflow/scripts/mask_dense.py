@@ -12,10 +12,9 @@ with job(snakemake):
     cfg = snakemake.params.cfg
     entry = json.loads(Path(snakemake.input.manifest).read_text())
     prompts, routing = tables.read(snakemake.input.prompts), tables.read(snakemake.input.routing)
-    with checkpoints.acquire(entry) as directory:
-        model, tokenizer = checkpoints.load(directory, cfg["dtype"], device(snakemake), entry["gguf_file"])
-        with torch.no_grad(), precision.computing_in_float32(model):
-            run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"], cfg["norm"])
-            masked = masking.masked_groups(run, routing, cfg["seed"], progress=True)
+    opened = checkpoints.opened(entry, cfg["dtype"], device(snakemake))
+    with opened as (model, tokenizer), torch.no_grad(), precision.computing_in_float32(model):
+        run = clean.CleanRun.of(model, tokenizer, prompts, cfg["target"], cfg["norm"])
+        masked = masking.masked_groups(run, routing, cfg["seed"], progress=True)
     tables.write(masked, snakemake.output.masked_groups)
     provenance.write(snakemake.output.provenance, cfg, device=device(snakemake), decomposition_error=run.error)

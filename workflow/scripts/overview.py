@@ -3,14 +3,15 @@
 import json
 from pathlib import Path
 
-from moescope import overview, sample, tables
+from moescope import audit, overview, sample, tables
 from moescope.job import job
 
 with job(snakemake):
     manifests = [json.loads(Path(path).read_text()) for path in snakemake.input.manifest]
     prompts = tables.read(snakemake.input.prompts)
     exposure = tables.read(snakemake.input.exposure) if snakemake.input.exposure else None
-    seed = snakemake.params.cfg["seed"]
+    seed, scored = snakemake.params.cfg["seed"], [json.loads(Path(p).read_text()) for p in snakemake.input.provenance]
+    audit.duplicated(manifests, [one["fingerprint"] for one in scored], snakemake.params.cfg["allow_duplicates"])
 
     def checkpoints(paths):
         for manifest, path in zip(manifests, paths, strict=True):

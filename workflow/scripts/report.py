@@ -22,11 +22,13 @@ def section(name, steps, figures, **known):
     """What the page says of one series."""
     shown, last = found("attribution", name, ["accuracy", "layer_importance"], figures), RESULTS / name / f"{steps[-1]}"
     scored = [RESULTS / name / f"{step}" / "provenance" / "attribute.json" for step in steps]
-    manifest = json.loads((last / "manifest.json").read_text())
+    read = {"manifest": last / "manifest.json", "audit": RESULTS / name / "audit.json"}
+    found_of = {key: json.loads(path.read_text()) for key, path in read.items()}
     provenance = [json.loads(path.read_text()) for path in scored]
     predictions = tables.read(last / "predictions.parquet")
     summaries = {**shown["tables"], "figures": shown["figures"], "predictions": predictions}
-    return report.Series(name, steps=steps, manifest=manifest, provenance=provenance, **summaries, **known)
+    numbers = [step if isinstance(step, int) else None for step in steps]
+    return report.Series(name, steps=numbers, provenance=provenance, **found_of, **summaries, **known)
 
 
 def dynamics(series, **names):

@@ -11,7 +11,7 @@ import difflib
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ import yaml
 from moescope.errors import MoescopeError
 
 SCHEMA = Path(__file__).parents[2] / "schemas" / "config.schema.yaml"
+#: The configuration that others are laid over.
+DEFAULT = Path(__file__).parents[3] / "config.yaml"
 #: Folders and targets of the workflow, which no series may be named after.
 RESERVED = (
     *("all", "attribution", "ablation", "figures", "tables", "catalogs", "logs", "report"),
@@ -50,8 +52,35 @@ def effective(raw: dict) -> dict:
         _check_name(config["series"], i)
         if entry["source"] == "pretrain":
             _complete_shape(entry["shape"], f"series[{i}].shape")
+        if entry["source"] == "hub":
+            _check_revisions(entry, f"series[{i}]")
     _check_studies(config)
     return config
+
+
+def read(paths: Iterable[str | Path]) -> dict:
+    """The configuration in these files, later over earlier ones as Snakemake lays them: maps merge, lists replace.
+
+    Raises ConfigError where one cannot be read.
+    """
+    merged: dict = {}
+    for path in paths:
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise ConfigError(f"{path}: cannot be read ({' '.join(str(error).split())}); correct the file") from error
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: the file must hold keys and values, beginning with series")
+        _lay_over(merged, content)
+    return merged
+
+
+def _lay_over(below: dict, above: dict) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            _lay_over(below[key], value)
+        else:
+            below[key] = value
 
 
 # Defaults ------------------------------------------------------------------------------------------------------------
@@ -192,6 +221,22 @@ def _check_name(series: list[dict], i: int) -> None:
         raise ConfigError(f"series[{i}].name: {name!r} is reserved for a part of the workflow; choose another")
     if name in earlier:
         raise ConfigError(f"series[{i}].name: {name!r} already names series[{earlier.index(name)}]; choose another")
+
+
+def _check_revisions(entry: dict, path: str) -> None:
+    """Which revisions of a repository: one, or those whose names a pattern (or a stage of the known one) matches."""
+    if entry["revision"] and (other := next((key for key in ("stage", "pattern") if entry[key]), None)):
+        raise ConfigError(f"{path}.revision: is a single checkpoint, which has no {other}; drop one of the two")
+    if entry["revision"] and entry["steps"] not in ("all", "last"):
+        raise ConfigError(f"{path}.revision: is a single checkpoint, which has no steps; drop one of the two")
+    if entry["pattern"] and entry["stage"]:
+        raise ConfigError(f"{path}.pattern: stands for the known names, which have the stages; drop one of the two")
+    try:
+        groups = re.compile(entry["pattern"] or "(?P<step>)").groupindex
+    except re.error as error:
+        raise ConfigError(f"{path}.pattern: is no regular expression ({error}); correct it") from error
+    if "step" not in groups:
+        raise ConfigError(f"{path}.pattern: has no group for the step; write (?P<step>...) around it")
 
 
 def _check_studies(config: dict) -> None:

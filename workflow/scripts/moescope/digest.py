@@ -8,8 +8,8 @@ changed and nothing else, a touch or a fresh clone reruns nothing.
 from __future__ import annotations
 
 import ast
+import functools
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = "moescope"
@@ -50,12 +50,19 @@ def modules(adapter: str | Path) -> dict[str, Path]:
     return found
 
 
-def _imports(source: Path) -> Iterator[str]:
+def _imports(source: Path) -> tuple[str, ...]:
     """Dotted names of the library modules that a file imports, inside functions too."""
-    for node in ast.walk(ast.parse(source.read_text(encoding="utf-8"), filename=str(source))):
+    return _named(source.read_text(encoding="utf-8"), str(source))
+
+
+@functools.cache  # every rule asks for the same modules
+def _named(text: str, filename: str) -> tuple[str, ...]:
+    found = []
+    for node in ast.walk(ast.parse(text, filename=filename)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE}."))
+            found += [alias.name for alias in node.names if alias.name.startswith(f"{PACKAGE}.")]
         elif isinstance(node, ast.ImportFrom) and node.module == PACKAGE:
-            yield from (f"{PACKAGE}.{alias.name}" for alias in node.names)
+            found += [f"{PACKAGE}.{alias.name}" for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(f"{PACKAGE}."):
-            yield node.module
+            found.append(node.module)
+    return tuple(found)

@@ -7,19 +7,15 @@ used. The copy is made once, one tensor at a time, by transformers' own conversi
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import hashlib
-import json
 import os
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moescope import files
+from moescope import files, layout, manifests
 from moescope.errors import MoescopeError
 
 #: What a copy says of itself: size and sha256 of its own files, sha256 of those it was made from.
@@ -34,38 +30,30 @@ class FusedError(MoescopeError):
     """A checkpoint of which no copy can be made."""
 
 
-def store() -> Path:
-    """The folder of copies: ``MOESCOPE_STORE``, by default in the user's cache."""
-    return Path(os.environ.get("MOESCOPE_STORE") or Path.home() / ".cache" / "moescope").expanduser()
+def write(place: Path, directory: Path, entry: Mapping[str, Any]) -> None:
+    """Make a copy of a mixture of experts in the new folder ``place``, whole or not at all.
 
-
-def mappable(directory: Path, sources: Mapping[str, Mapping[str, Any]], side_files: list[str]) -> Path:
-    """The directory to load a mixture of experts from: its own, or a fused copy in the store, which is made if need be.
-
-    ``sources``: bytes and sha256 of the files of the checkpoint by name, as in its manifest; ``side_files``: those of
-    them that hold no weights. Raises FusedError where a file is not the one of the manifest, where a weight is not
-    finite, and where the disk is full or faulty.
+    ``entry``: the manifest of the checkpoint, whose files lie in ``directory``. Raises FusedError where a weight is not
+    finite, and where the disk is faulty.
     """
-    weights = [name for name in sources if name not in side_files]
-    size = sum(sources[name]["bytes"] for name in weights)
-    if size < LEAST:
-        return directory
-    place = store() / "fused" / _digest(sources)
-    if _whole(place):
-        return place
-    targets = _targets(directory, weights)
-    if all(target.conversion is None for target in targets.values()):
-        return directory
-    _verify(directory, sources)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    _require_room(place.parent, size)
-    part = place.parent / f"part-{uuid.uuid4().hex}"  # of this job alone, on whatever machine it runs
+    part = place.with_name(f"{place.name}.part")
+    shutil.rmtree(part, ignore_errors=True)  # of a process that was killed
     try:
-        _write(part, directory, targets, sources, side_files)
-        _move(part, place)
+        _write(part, directory, _targets(directory, manifests.weights(entry)), entry)
+        os.rename(part, place)
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    return place
+    _sync(place.parent)
+
+
+def needed(directory: Path, entry: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint would gain by a copy: a large mixture of experts in safetensors that is not fused."""
+    weights = manifests.weights(entry)
+    if not entry["shape"]["experts"] or not all(name.endswith(".safetensors") for name in weights):
+        return False
+    if sum(entry["files"][name]["bytes"] for name in weights) < LEAST:
+        return False
+    return any(target.conversion is not None for target in _targets(directory, weights).values())
 
 
 def finite(tensor: Any) -> bool:
@@ -79,55 +67,6 @@ def finite(tensor: Any) -> bool:
 def checked(directory: Path) -> bool:
     """Whether a directory is a copy whose weights were found finite when it was made."""
     return (directory / RECORD).is_file()
-
-
-def _digest(sources: Mapping[str, Mapping[str, Any]]) -> str:
-    return hashlib.sha256(json.dumps({n: f["sha256"] for n, f in sorted(sources.items())}).encode()).hexdigest()[:32]
-
-
-def _whole(place: Path) -> bool:
-    """Whether a copy stands there with files of the sizes that it was given."""
-    try:
-        record = json.loads((place / RECORD).read_text(encoding="utf-8"))
-        return all((place / name).stat().st_size == facts["bytes"] for name, facts in record["files"].items())
-    except (OSError, ValueError, KeyError):
-        return False
-
-
-def _verify(directory: Path, sources: Mapping[str, Mapping[str, Any]]) -> None:
-    """A training run may have written new weights of the same sizes since the manifest was made: a copy of them would
-    stand under the name of the old ones for good."""
-    for name, facts in sources.items():
-        if files.sha256(directory / name) != facts["sha256"]:
-            raise FusedError(f"{directory / name}: is not the file of the manifest any more; run the workflow again")
-
-
-def _require_room(folder: Path, size: int) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < size:
-        raise FusedError(
-            f"{folder}: a copy of the weights takes {size / 1e9:.1f} GB and {free / 1e9:.1f} GB are free; "
-            "make room or name another folder in MOESCOPE_STORE"
-        )
-
-
-def _move(part: Path, place: Path) -> None:
-    """Give a copy its name, unless another job was faster; an incomplete one that has the name makes way."""
-    try:
-        os.rename(part, place)
-    except OSError:
-        if _whole(place):
-            return
-        aside = part.with_name(f"{part.name}-old")
-        with contextlib.suppress(FileNotFoundError):  # another job moved it
-            os.rename(place, aside)
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            os.rename(part, place)
-        except OSError:
-            if not _whole(place):
-                raise
-    _sync(place.parent)
 
 
 @dataclass
@@ -201,9 +140,7 @@ def _tensors(targets: Mapping[str, _Target]) -> Iterator[tuple[str, Any]]:
             del value
 
 
-def _write(
-    part: Path, directory: Path, targets: Mapping[str, _Target], sources: Mapping, side_files: list[str]
-) -> None:
+def _write(part: Path, directory: Path, targets: Mapping[str, _Target], entry: Mapping[str, Any]) -> None:
     """Put a copy into a new folder: weights, index, whatever else belongs to the checkpoint, and its record."""
     part.mkdir()
     index: dict[str, str] = {}
@@ -225,11 +162,11 @@ def _write(
     if held:
         flush()
     files.write_json({"metadata": {}, "weight_map": index}, part / "model.safetensors.index.json")
-    for name in side_files:
-        if not name.endswith(".index.json"):
+    for name in entry["files"]:
+        if not layout.is_weights(name) and not name.endswith(".index.json"):
             shutil.copyfile(directory / name, part / name)
     own = {p.name: {"bytes": p.stat().st_size, "sha256": files.sha256(p)} for p in sorted(part.iterdir())}
-    files.write_json({"files": own, "made_from": {n: f["sha256"] for n, f in sources.items()}}, part / RECORD)
+    files.write_json({"files": own, "made_from": manifests.hashes(entry, entry["files"])}, part / RECORD)
     for path in (*part.iterdir(), part):
         _sync(path)
 

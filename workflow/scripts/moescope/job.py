@@ -6,6 +6,7 @@ An adapter is ``with job(snakemake): ...`` around one library call.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -15,6 +16,9 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from moescope.errors import MoescopeError
+
+#: What every library says when the disk is full, whatever type of error it raises.
+_FULL = os.strerror(errno.ENOSPC)
 
 
 class _Tee:
@@ -60,7 +64,8 @@ def job(snakemake: Any) -> Iterator[None]:
             except Exception as error:
                 traceback.print_exc(file=log)
                 what = " ".join(f"{type(error).__name__}: {error}".split())
-                line = f"error: {name(snakemake)} failed ({what}); the traceback is in {os.path.relpath(path)}"
+                cure = "make room, then resume" if _FULL in what else f"the traceback is in {os.path.relpath(path)}"
+                line = f"error: {name(snakemake)} failed ({what}); {cure}"
     print(line, file=console, flush=True)
     sys.exit(1)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moescope import checkpoints, config, facts, pretraining
+from moescope import catalog, config, facts, layout, manifests, pretraining, steps
 from moescope.errors import MoescopeError
 
 RESULTS = "results"
@@ -21,29 +22,42 @@ class PlanError(MoescopeError):
     """The configuration is well formed, but this disk does not hold what it names."""
 
 
+#: The step of a series that is a single revision.
+MAIN = "main"
+Step = int | str
+
+
 @dataclass(frozen=True)
 class Series:
-    """A series of checkpoints: its configuration, the files of every step that there is, the selected steps."""
+    """A series of checkpoints: its configuration, the files of every step that there is (of the hub's: none on this
+    disk), the selected steps; of the hub's also the branch of every step. ``kind`` is ``moe`` or ``dense``: which
+    tables its checkpoints have."""
 
     name: str
     entry: dict
     architecture: str
-    has_experts: bool
-    files: dict[int, tuple[str, ...]]
-    steps: tuple[int, ...] = ()
+    kind: str
+    files: dict[Step, tuple[str, ...]]
+    revisions: dict[Step, catalog.Revision] = dataclasses.field(default_factory=dict)
+    steps: tuple[Step, ...] = ()
 
     @property
     def pretrained(self) -> bool:
         return self.entry["source"] == "pretrain"
 
-    def size(self, step: int) -> int:
-        """Bytes of a checkpoint's files on disk; 0 while they are not made."""
-        return sum(Path(path).stat().st_size for path in self.files[step] if os.path.exists(path))
+    @property
+    def on_hub(self) -> bool:
+        return self.entry["source"] == "hub"
 
     @property
-    def kind(self) -> str:
-        """``moe`` or ``dense``: which tables its checkpoints have."""
-        return "moe" if self.has_experts else "dense"
+    def has_experts(self) -> bool:
+        return self.kind == "moe"
+
+    def size(self, step: Step) -> int | None:
+        """Bytes of a checkpoint's files: 0 while they are not made, None where the catalog does not say."""
+        if self.on_hub:
+            return self.revisions[step].bytes
+        return sum(Path(path).stat().st_size for path in self.files[step] if os.path.exists(path))
 
 
 @dataclass(frozen=True)
@@ -54,8 +68,8 @@ class Plan:
     config: dict
     series: dict[str, Series]
     facts: facts.Facts
-    dynamics: dict[str, tuple[int, ...]]
-    ablation: dict[str, tuple[int, ...]]
+    dynamics: dict[str, tuple[Step, ...]]
+    ablation: dict[str, tuple[Step, ...]]
     routed_by: dict[str, str]
 
     def of_kind(self, kind: str) -> list[str]:
@@ -68,7 +82,7 @@ class Plan:
 
     def matched_step(self, dense: str, step: int) -> int:
         """The checkpoint of the paired mixture of experts nearest to a step of a dense series, ties to the earlier."""
-        return checkpoints.select_steps(dense, self.dynamics[self.routed_by[dense]], {"nearest": [step]})[0]
+        return steps.select(dense, self.dynamics[self.routed_by[dense]], {"nearest": [step]})[0]
 
 
 def read(raw: dict, root: str | os.PathLike) -> Plan:
@@ -78,28 +92,35 @@ def read(raw: dict, root: str | os.PathLike) -> Plan:
     """
     effective = config.effective(raw)
     asked = facts.choose(effective["relations"], root)
-    series = {entry["name"]: _series(i, entry) for i, entry in enumerate(effective["series"])}
+    series = {entry["name"]: _series(i, entry, root) for i, entry in enumerate(effective["series"])}
     _check_writable(Path(RESULTS))
-    dynamics = _members(effective, "dynamics", {name: one.steps for name, one in series.items()}, series)
+    courses = {name: one.steps for name, one in series.items() if one.steps != (MAIN,)}
+    dynamics = _members(effective, "dynamics", courses, series)
     ablation = _members(effective, "ablation", dynamics, series)
     return Plan(effective, series, asked, dynamics, ablation, _pairs(effective, dynamics, series))
 
 
 def _members(
-    effective: dict, part: str, steps: dict[str, tuple[int, ...]], series: dict[str, Series]
-) -> dict[str, tuple[int, ...]]:
-    """The series that take part in a study (or in the ablation), and at which of the given steps."""
+    effective: dict, part: str, among: dict[str, tuple[Step, ...]], series: dict[str, Series]
+) -> dict[str, tuple[Step, ...]]:
+    """The series that take part in a study (or in the ablation), and at which of the given steps. A series that is a
+    single revision has no course, and takes no part."""
     chosen, asked = effective[part]["series"], effective[part]["steps"]
-    if chosen != "all" and (absent := [name for name in chosen if name not in steps]):
+    if chosen != "all" and (absent := [name for name in chosen if name not in among]):
         raise PlanError(f"{part}.series: series {absent[0]} takes no part in study dynamics; drop it or add it there")
     members = {}
-    for name, available in steps.items():
-        own = None if part == "ablation" else series[name].entry["studies"]
+    for name, available in among.items():
+        own, paper = None if part == "ablation" else series[name].entry["studies"], _paper(series[name].entry)
         if own is not None and part in own:
-            members[name] = tuple(checkpoints.select_steps(f"{name}: studies.{part}", available, own[part]))
+            members[name] = tuple(steps.select(f"{name}: studies.{part}", available, own[part], paper))
         elif own is None and (chosen == "all" or name in chosen):
-            members[name] = tuple(checkpoints.select_steps(f"{part}.steps ({name})", available, asked))
+            members[name] = tuple(steps.select(f"{part}.steps ({name})", available, asked, paper))
     return members
+
+
+def _paper(entry: dict) -> Sequence[int]:
+    """The steps that a paper reports of the repository that a series comes from."""
+    return catalog.PAPER.get(entry.get("repo"), ())
 
 
 def _pairs(effective: dict, dynamics: dict[str, tuple[int, ...]], series: dict[str, Series]) -> dict[str, str]:
@@ -121,15 +142,22 @@ def _pairs(effective: dict, dynamics: dict[str, tuple[int, ...]], series: dict[s
     return {pair["dense"]: pair["moe"] for pair in pairs}
 
 
-def _series(i: int, entry: dict) -> Series:
+def _series(i: int, entry: dict, root: str | os.PathLike) -> Series:
     """The i-th series of the configuration."""
     place = f"series[{i}] ({entry['name']})"
     try:
-        series = _pretrained(entry) if entry["source"] == "pretrain" else _local(entry)
+        match entry["source"]:
+            case "pretrain":
+                series = _pretrained(entry)
+            case "local":
+                series = _local(entry)
+            case "hub":
+                series = _hub(entry, root)
     except MoescopeError as error:
         raise PlanError(f"{place}: {error}") from None
-    steps = checkpoints.select_steps(place, series.files, entry["steps"])
-    return dataclasses.replace(series, steps=tuple(steps))
+    if entry["source"] == "hub" and entry["revision"]:
+        return dataclasses.replace(series, steps=(MAIN,))
+    return dataclasses.replace(series, steps=tuple(steps.select(place, series.files, entry["steps"], _paper(entry))))
 
 
 def _pretrained(entry: dict) -> Series:
@@ -139,21 +167,40 @@ def _pretrained(entry: dict) -> Series:
     found = {
         step: tuple(f"{folder}/{step}/{file}" for file in pretraining.CHECKPOINT_FILES) for step in training["save_at"]
     }
-    return Series(entry["name"], entry, entry["architecture"], "num_experts" in entry["shape"], found)
+    return Series(entry["name"], entry, entry["architecture"], _kind(entry["shape"]), found)
 
 
 def _local(entry: dict) -> Series:
-    gguf_file = entry["gguf_file"]
-    directories = checkpoints.on_disk(entry["path"], gguf_file)
+    gguf_file, allow_pickle = entry["gguf_file"], entry["allow_pickle"]
+    directories = layout.on_disk(entry["path"], gguf_file, allow_pickle)
     found = {
-        step: tuple(map(str, checkpoints.checkpoint_files(directory, gguf_file)))
+        step: tuple(map(str, layout.checkpoint_files(directory, gguf_file, allow_pickle)))
         for step, directory in directories.items()
     }
     if gguf_file:  # only models of the llama family, which have no experts, are read from GGUF
-        return Series(entry["name"], entry, "llama", False, found)
-    config = checkpoints.read_config(directories[max(directories)])
-    architecture = config.get("model_type", "unknown")
-    return Series(entry["name"], entry, architecture, checkpoints.has_experts(config), found)
+        return Series(entry["name"], entry, "llama", "dense", found)
+    model = manifests.read_config(directories[max(directories)])
+    return Series(entry["name"], entry, model.get("model_type", "unknown"), _kind(model), found)
+
+
+def _hub(entry: dict, root: str | os.PathLike) -> Series:
+    model = catalog.model(entry["repo"], root)
+    if entry["revision"]:
+        revisions = {MAIN: catalog.single(entry["repo"], entry["revision"], root)}
+    else:
+        revisions = catalog.series(entry["repo"], root, entry["stage"], entry["pattern"])
+    return Series(
+        entry["name"],
+        entry,
+        model.get("model_type", "unknown"),
+        _kind(model),
+        dict.fromkeys(revisions, ()),
+        revisions,
+    )
+
+
+def _kind(model: Mapping) -> str:
+    return "moe" if manifests.has_experts(model) else "dense"
 
 
 def _check_writable(folder: Path) -> None:

@@ -39,6 +39,7 @@ FACTS = {
     "checkpoints": "checkpoints",
     "steps": "span",
     "tokens at the last step": "tokens",
+    "commit of the last step": "commit",
     "weights stored as": "dtype",
     "device": "device",
     "largest decomposition error": "error",
@@ -61,7 +62,8 @@ class Series:
     """What the report says of one series: its identity, its last checkpoint, its summary tables and figures.
 
     ``provenance`` holds the contents of ``provenance/attribute.json`` of every step, in the order of ``steps``;
-    ``manifest`` and ``predictions`` are those of the last step. ``figures`` are PNG bytes by the name of the figure.
+    ``manifest`` and ``predictions`` are those of the last step, ``audit`` what its manifests say of one another.
+    ``figures`` are PNG bytes by the name of the figure.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Series:
     accuracy: pl.DataFrame
     layer_importance: pl.DataFrame
     figures: Mapping[str, bytes]
+    audit: Mapping
 
     @property
     def dense(self) -> bool:
@@ -131,6 +134,8 @@ def build(series: Sequence[Series], folder: str | os.PathLike, studies: Sequence
         series=[_section(one) for one in series],
         trained=[one.name for one in series if one.source == "pretrain"],
         read=[one.name for one in series if one.source == "local"],
+        fetched=[(one.name, one.manifest["repo"]) for one in series if one.source == "hub"],
+        warnings=[(one.name, line) for one in series for line in _warnings(one.audit)],
         facts=list(FACTS.items()),
         metrics=list(METRICS.values()),
         figures=[
@@ -184,6 +189,17 @@ def _missing(figure: str, series: Sequence[Series]) -> list[str]:
     return lines
 
 
+def _warnings(audit: Mapping) -> list[str]:
+    """What a reader has to know of a series before any of its numbers."""
+    gaps = [f"{earlier:,} to {later:,}" for earlier, later in audit["gaps"]]
+    shown = ", ".join(gaps[:5]) + (f" and {len(gaps) - 5} more" if len(gaps) > 5 else "")
+    lines = [f"the series has gaps: there is nothing between steps {shown}."] if gaps else []
+    for steps in audit["duplicates"]:
+        line = f"steps {' and '.join(steps)} have the same weights, so at least one is not what its name says"
+        lines.append(f"{line}; every result that compares them is an artefact.")
+    return [*lines, *audit["remarks"]]
+
+
 def _section(series: Series) -> dict:
     """Everything the template prints of a series, as text and numbers."""
     shape, last = series.manifest.get("shape", {}), series.provenance[-1]
@@ -199,6 +215,7 @@ def _section(series: Series) -> dict:
         "span": _span(series.steps),
         "last": _step(series.steps[-1]),
         "tokens": _count(series.manifest.get("tokens")),
+        "commit": (series.manifest.get("commit") or UNKNOWN)[:12],
         "dtype": last.get("dtype") or UNKNOWN,
         "device": last.get("device") or UNKNOWN,
         "error": f"{max(errors):.1e}" if errors else UNKNOWN,
@@ -208,7 +225,7 @@ def _section(series: Series) -> dict:
         or UNKNOWN,
         "provenance": json.dumps(last, indent=1, ensure_ascii=False, sort_keys=True),
         "files": [
-            {"name": name, "bytes": _count(file.get("bytes")), "sha256": file.get("sha256") or UNKNOWN}
+            {"name": name, "bytes": _count(file["bytes"]), "hash": file.get("sha256") or f"{file['git_sha1']} (git)"}
             for name, file in sorted(series.manifest.get("files", {}).items())
         ],
         "subsets": [label for subset, label in SUBSETS.items() if subset in series.accuracy["subset"]],
