@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -41,6 +41,13 @@ def server(saved: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Iterator[
     with serving(series("lab/models", saved)) as server:
         use(server, monkeypatch)
         yield server
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
 
 
 def listed(name: str, step: int = 1) -> dict:
@@ -139,22 +146,36 @@ def test_the_next_checkpoint_is_fetched_ahead(server: Server, place: Path, tmp_p
     assert checkpoints.next_entry(first, "predictions.parquet")["step"] == 100
     assert checkpoints.next_entry(tmp_path / "results/there/100/manifest.json", "predictions.parquet") is None
     entry = checkpoints.next_entry(first, "predictions.parquet")
-    with checkpoints.acquire(listed("olmoe")):
-        checkpoints.ahead(entry)
-        end = time.monotonic() + 30
-        while not (place.exists() and len(list(place.glob(f"*/{store.RECORD}"))) == 2):
-            assert time.monotonic() < end
-            time.sleep(0.02)
+    with checkpoints.acquire(listed("olmoe")), checkpoints.ahead(entry):
+        wait_for(lambda: all((place / checkpoints.key(entry) / name).exists() for name in entry["files"]))
     sent = len(server.log)
     with checkpoints.acquire(entry):
         pass
     assert len(server.log) == sent
 
 
+def test_what_is_fetched_ahead_is_stopped_with_its_job_and_gone_on_from(server: Server, place: Path, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    entry = listed("olmo")
+    largest = max(manifests.weights(entry), key=lambda name: entry["files"][name]["bytes"])
+    server.faults.append(Fault(largest, "slow", after=20_000, seconds=2))
+    with checkpoints.ahead(entry):
+        part = place / checkpoints.key(entry) / f"{largest}.part"
+        wait_for(lambda: part.exists() and part.stat().st_size > 5000)
+        began = time.monotonic()
+    assert time.monotonic() - began < 4
+    assert part.exists()
+    with checkpoints.opened(entry):
+        pass
+    assert [a.range for a in server.asked(largest) if a.range and a.range.endswith("-")], (
+        "a range from where it stopped"
+    )
+
+
 def test_one_checkpoint_at_a_time_fetches_nothing_ahead(server: Server, place: Path, monkeypatch):
     monkeypatch.setenv("MOESCOPE_KEEP", "1")
-    checkpoints.ahead(listed("olmo"))
-    time.sleep(0.3)
+    with checkpoints.ahead(listed("olmo")), checkpoints.ahead(None):
+        time.sleep(0.3)
     assert not place.exists()
 
 

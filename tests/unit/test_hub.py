@@ -451,7 +451,7 @@ class _Failing(io.FileIO):
 def test_a_disk_that_takes_no_more_is_told_at_once(error, told, server, fetched, monkeypatch, tmp_path, pauses):
     monkeypatch.setattr(_Failing, "error", error)
     with monkeypatch.context() as full:
-        full.setattr(hub, "open", _Failing, raising=False)
+        full.setattr(hub, "_Part", lambda path, _: _Failing(path, "a"))
         with refused(REPO, "model.safetensors", told, "what was fetched is kept"):
             fetched("model.safetensors")
     assert ranges(server, "^/cdn/") == [None]

@@ -161,12 +161,14 @@ def test_processes_that_compete_never_exceed_it(kept: int, place: Path, tmp_path
 def test_ahead_takes_free_room_and_what_is_long_unused_only(place: Path, monkeypatch: pytest.MonkeyPatch):
     with store.held("a", writes(), 10):
         store.ahead("b", writes(), 10)
-        assert store.whole("b")
-        store.ahead("c", writes(), 10)  # a is in use, b was made a moment ago
+        assert not store.whole("b"), "who needs it completes it"
+        store.ahead("c", writes(), 10)  # a is in use, b was begun a moment ago
         assert entries(place) == ["a", "b"]
-        os.utime(place / "b" / store.RECORD, (1, 1))
+        os.utime(place / "b" / "model", (1, 1))
         store.ahead("c", writes(), 10)
         assert entries(place) == ["a", "c"]
+        with store.held("c", lambda folder: None, 10) as folder:
+            assert (folder / "model").read_text() == "weights"
 
 
 def test_a_full_disk_is_told_before_anything_is_made(place: Path, monkeypatch: pytest.MonkeyPatch):

@@ -9,9 +9,9 @@ from moescope.job import device, job, memory
 with job(snakemake):
     cfg = snakemake.params.cfg
     entry = json.loads(Path(snakemake.input.manifest).read_text())
-    if following := checkpoints.next_entry(Path(snakemake.input.manifest), "predictions.parquet"):
-        checkpoints.ahead(following)
-    with checkpoints.opened(entry, cfg["dtype"], device(snakemake)) as (model, tokenizer):
+    opened = checkpoints.opened(entry, cfg["dtype"], device(snakemake))
+    following = checkpoints.next_entry(Path(snakemake.input.manifest), "predictions.parquet")
+    with opened as (model, tokenizer), checkpoints.ahead(following):
         frames, found = attribution.attribute_with_report(
             model,
             tokenizer,

@@ -54,18 +54,28 @@ def opened(entry: Entry, dtype: str = "auto", device: str = "cpu") -> Iterator[t
         yield load(directory, dtype, device, entry["gguf_file"], entry["allow_pickle"])
 
 
-def ahead(entry: Entry) -> None:
-    """Fetch a checkpoint that will be needed next, beside other work, where the store has room for it.
+@contextlib.contextmanager
+def ahead(entry: Entry | None) -> Iterator[None]:
+    """Fetch a checkpoint that will be needed next (None: nothing) while the block runs, where the store has room.
 
-    What goes wrong is left to the job that needs it; what is unfinished when this process ends is taken up there.
+    What goes wrong, and what is unfinished when the block ends, is left to the job that needs it.
     """
-    if entry["source"] == "hub" and store.keep() > 1:
+    if entry is None or entry["source"] != "hub" or store.keep() < 2:
+        yield
+        return
+    stop = threading.Event()
 
-        def fetch() -> None:
-            with contextlib.suppress(Exception):
-                store.ahead(key(entry), lambda place: _fetch(place, entry), _room(entry))
+    def fetch() -> None:
+        with contextlib.suppress(Exception):
+            store.ahead(key(entry), lambda place: _download(place, entry, stop), _room(entry))
 
-        threading.Thread(target=fetch, daemon=True).start()
+    thread = threading.Thread(target=fetch)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def next_entry(manifest: Path, done: str) -> Entry | None:
@@ -94,8 +104,7 @@ def _fetch(place: Path, entry: Entry) -> None:
     """Download the files of a checkpoint; a fused copy takes the place of the weights."""
     copy = place / _FUSED
     if not copy.is_dir():
-        for name, facts in entry["files"].items():
-            hub.fetch(entry["repo"], entry["commit"], name, facts, place)
+        _download(place, entry)
         where = f"{entry['repo']} at {entry['revision']}: the model"
         with loading.told_in_one_line(where, "leave the step out"):
             if fused.needed(place, entry):
@@ -103,6 +112,11 @@ def _fetch(place: Path, entry: Entry) -> None:
     if copy.is_dir():
         for name in entry["files"]:
             (place / name).unlink(missing_ok=True)
+
+
+def _download(place: Path, entry: Entry, stop: threading.Event | None = None) -> None:
+    for name, facts in entry["files"].items():
+        hub.fetch(entry["repo"], entry["commit"], name, facts, place, stop)
 
 
 def _copy(place: Path, directory: Path, entry: Entry) -> None:

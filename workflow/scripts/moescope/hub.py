@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import logging
 import os
 import re
 import tempfile
 import textwrap
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +33,10 @@ _Result = TypeVar("_Result")
 
 class HubError(MoescopeError):
     """What the hub does not give: a repository, a revision, a file, or an answer."""
+
+
+class StoppedError(HubError):
+    """A download that is not wanted any more."""
 
 
 class DamagedError(HubError):
@@ -86,11 +92,13 @@ def _facts(file: Any) -> dict[str, Any]:
     return {"bytes": file.size, **({"sha256": file.lfs.sha256} if file.lfs else {"git_sha1": file.blob_id})}
 
 
-def fetch(repo: str, commit: str, name: str, facts: dict[str, Any], folder: Path) -> Path:
+def fetch(
+    repo: str, commit: str, name: str, facts: dict[str, Any], folder: Path, stop: threading.Event | None = None
+) -> Path:
     """Download a file of a commit into a folder: whole, of the size and the hash that the listing gave.
 
     What an earlier attempt left is taken up. Raises HubError where the hub does not give it, DamagedError where it
-    gives something else, twice.
+    gives something else, twice, StoppedError from ``stop`` on.
     """
     path = folder / files.require_inside(name, f"{repo} at {commit[:12]}")
     part = path.with_name(f"{path.name}.part")
@@ -98,7 +106,8 @@ def fetch(repo: str, commit: str, name: str, facts: dict[str, Any], folder: Path
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     for last in (False, True):
-        _asked(f"{repo} at {commit[:12]}, {name}", lambda: _download(repo, commit, name, facts["bytes"], part))
+        where = f"{repo} at {commit[:12]}, {name}"
+        _asked(where, lambda: _download(repo, commit, name, facts["bytes"], part, stop), stop)
         if hash_of(part, facts) == facts.get("sha256", facts.get("git_sha1")):
             os.replace(part, path)
             return path
@@ -135,13 +144,29 @@ def shapes(repo: str, commit: str, name: str) -> dict[str, list[int]]:
     return {key: list(tensor.shape) for key, tensor in found.tensors.items()}
 
 
-def _download(repo: str, commit: str, name: str, size: int, part: Path) -> None:
+class _Part(io.FileIO):
+    """A partial file that takes more at its end, until it is told to stop."""
+
+    def __init__(self, path: Path, stop: threading.Event | None):
+        super().__init__(path, "a")
+        self._stop = stop
+
+    def write(self, block: Any) -> int:
+        if self._stop and self._stop.is_set():
+            raise StoppedError("the download was stopped; what was fetched is kept")
+        left = memoryview(block)
+        while left:
+            left = left[super().write(left) :]
+        return len(block)
+
+
+def _download(repo: str, commit: str, name: str, size: int, part: Path, stop: threading.Event | None) -> None:
     """Go on with a partial file until it has its size."""
     from huggingface_hub import hf_hub_url
     from huggingface_hub.file_download import http_get
     from huggingface_hub.utils import build_hf_headers
 
-    with open(part, "ab") as file:
+    with _Part(part, stop) as file:
         if file.tell() > size:
             file.seek(0)
             file.truncate()
@@ -171,14 +196,17 @@ def _limit(request: Any) -> None:
     request.extensions["timeout"] = {of: given.get(of) or PATIENCE for of in ("connect", "read", "write", "pool")}
 
 
-def _asked(what: str, call: Callable[[], _Result]) -> _Result:
-    """The answer to a request, tried again while that can help; HubError, one line, where it cannot."""
+def _asked(what: str, call: Callable[[], _Result], stop: threading.Event | None = None) -> _Result:
+    """The answer to a request, tried again while that can help, until ``stop``; HubError, one line, where it cannot."""
     import tenacity
 
+    until = {"stop": tenacity.stop_after_attempt(ATTEMPTS)}
+    if stop:
+        until = {"stop": until["stop"] | tenacity.stop_when_event_set(stop), "sleep": tenacity.sleep_using_event(stop)}
     retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_passes),
         wait=_pause,
-        stop=tenacity.stop_after_attempt(ATTEMPTS),
+        **until,
         before_sleep=lambda state: _log.warning("%s: %s; tried again", what, _brief(state.outcome.exception())),
         reraise=True,
     )

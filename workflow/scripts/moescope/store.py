@@ -59,7 +59,10 @@ def held(key: str, make: Make, size: int) -> Iterator[Path]:
         waiting = False
         while not (_try(lock, fcntl.LOCK_SH) and _whole(place)):
             if _try(lock, fcntl.LOCK_EX) and _reserve(key, size, idle=0):
-                _complete(place, make)
+                make(place)
+                files.write_json(
+                    {"files": {str(p.relative_to(place)): p.stat().st_size for p in _files(place)}}, place / RECORD
+                )
             else:
                 fcntl.flock(lock, fcntl.LOCK_UN)  # who waits for room must not stand in the way of others who do
                 if not waiting:
@@ -71,12 +74,12 @@ def held(key: str, make: Make, size: int) -> Iterator[Path]:
         os.utime(place / RECORD)
 
 
-def ahead(key: str, make: Make, size: int) -> None:
-    """Make an entry that will be needed, unless somebody else does, or room would have to be made of what may still be
-    in use."""
+def ahead(key: str, begin: Make, size: int) -> None:
+    """Begin an entry that will be needed, unless somebody else does, or room would have to be made of what may still be
+    in use. It is left to ``held`` to complete."""
     with _lock(key) as lock:
         if _try(lock, fcntl.LOCK_EX) and not _whole(_place(key)) and _reserve(key, size, IDLE):
-            _complete(_place(key), make)
+            begin(_place(key))
 
 
 def whole(key: str) -> bool:
@@ -94,11 +97,6 @@ def _whole(place: Path) -> bool:
         return all((place / name).stat().st_size == size for name, size in record["files"].items())
     except (OSError, ValueError, KeyError):
         return False
-
-
-def _complete(place: Path, make: Make) -> None:
-    make(place)
-    files.write_json({"files": {str(p.relative_to(place)): p.stat().st_size for p in _files(place)}}, place / RECORD)
 
 
 def _files(place: Path) -> list[Path]:
