@@ -1,4 +1,5 @@
-# make run | test | resume | plan | first-figure | report | lint | bench | bench-run; every target sets up .venv first, once.
+# make run | resume | plan | catalog | first-figure | report | test | test-soak | lint | bench | bench-run; every target
+# sets up .venv first, once.
 PYTHON ?= python3.11
 CORES ?= all
 # More arguments for Snakemake or pytest: make run ARGS="--configfile configs/bring-your-own.yaml"

@@ -104,6 +104,7 @@ def test_an_edit_of_pretraining_trains_again(fresh_clone: Path, profile):
         "pretrain_moe": 1,
         "pretrain_dense": 1,
         "manifest": 5,
+        "audit_series": 2,
         "attribute_moe": 3,
         "attribute_dense": 2,
         **MODELS,
@@ -114,14 +115,14 @@ def test_an_edit_of_pretraining_trains_again(fresh_clone: Path, profile):
 
 def test_new_steps_run_only_themselves(finished: Finished, copied: Path, profile):
     jobs = planned(copied, *profile(workflow()), config=changed(moe={"steps": "all"}))
-    assert jobs == {"manifest": 1, "attribute_moe": 1, **MOE_SUMMARIES, **COURSES, **OVER_ALL}
+    assert jobs == {"manifest": 1, "audit_series": 1, "attribute_moe": 1, **MOE_SUMMARIES, **COURSES, **OVER_ALL}
 
 
 def test_fewer_steps_score_nothing(copied: Path, profile):
     """Without step 0 of the mixture, step 0 of the dense series is held against its step 4."""
     jobs = planned(copied, *profile(workflow()), config=changed(moe={"steps": [4, 12]}))
     both = {"mask_dense": 1, "dynamics_neurons": 2, "dynamics_layers": 1, "csv_dynamics": 2, "dynamics_figures": 2}
-    assert jobs == {**MOE_SUMMARIES, **both, **OVER_ALL}
+    assert jobs == {"audit_series": 1, **MOE_SUMMARIES, **both, **OVER_ALL}
 
 
 def test_another_precision_scores_that_series_alone(copied: Path):
@@ -193,7 +194,8 @@ def test_a_local_series_computes_only_its_new_checkpoints(copied: Path):
     shutil.copytree(trained / "4", copied / "runs/step4")
     local = {"name": "mine", "source": "local", "path": "runs/step*"}
     config = {**CONFIG, "series": [*CONFIG["series"], local]}
-    new = {"manifest": 1, "attribute_moe": 1, "ablate": 1, **MOE_SUMMARIES, **COURSES, **ABLATED, **OVER_ALL}
+    listed = {"manifest": 1, "audit_series": 1}
+    new = {**listed, "attribute_moe": 1, "ablate": 1, **MOE_SUMMARIES, **COURSES, **ABLATED, **OVER_ALL}
     alone = {name: count for name, count in new.items() if name != "dynamics_figures"}  # one checkpoint has no course
     assert planned(copied, config=config) == alone
     succeeds(copied, "--cores", "2")
