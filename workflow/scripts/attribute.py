@@ -8,7 +8,7 @@ from moescope.job import device, job, memory
 
 with job(snakemake):
     cfg = snakemake.params.cfg
-    entry = json.loads(Path(snakemake.input.manifest).read_text())
+    entry, audited = (json.loads(Path(snakemake.input[name]).read_text()) for name in ("manifest", "audit"))
     opened = checkpoints.opened(entry, cfg["dtype"], device(snakemake))
     following = checkpoints.next_entry(Path(snakemake.input.manifest), "predictions.parquet")
     with opened as (model, tokenizer), checkpoints.ahead(following):
