@@ -140,12 +140,14 @@ def test_the_next_checkpoint_is_fetched_ahead(server: Server, place: Path, tmp_p
         folder = tmp_path / "results" / "there" / str(step)
         folder.mkdir(parents=True)
         files.write_json(listed(name, step), folder / "manifest.json")
-    first = tmp_path / "results/there/5/manifest.json"
-    assert checkpoints.next_entry(first, "predictions.parquet")["step"] == 20
+    others = checkpoints.listed(tmp_path / "results/there")
+    first, _, last = others.values()
+    assert [other["step"] for other in others.values()] == [5, 20, 100]
+    assert checkpoints.following(first, others, "predictions.parquet")["step"] == 20
     (tmp_path / "results/there/20/predictions.parquet").touch()
-    assert checkpoints.next_entry(first, "predictions.parquet")["step"] == 100
-    assert checkpoints.next_entry(tmp_path / "results/there/100/manifest.json", "predictions.parquet") is None
-    entry = checkpoints.next_entry(first, "predictions.parquet")
+    entry = checkpoints.following(first, others, "predictions.parquet")
+    assert entry["step"] == 100
+    assert checkpoints.following(last, others, "predictions.parquet") is None
     with checkpoints.acquire(listed("olmoe")), checkpoints.ahead(entry):
         wait_for(lambda: all((place / checkpoints.key(entry) / name).exists() for name in entry["files"]))
     sent = len(server.log)

@@ -13,8 +13,6 @@ for kind, names in KINDS.items():
             f"attribute_{kind}"
         input:
             manifest="results/{series}/{step}/manifest.json",
-            # before any weights are fetched; but a series that grows is no reason to score its other steps again
-            audit=ancient("results/{series}/audit.json"),
             prompts="results/prompts.parquet",
         output:
             **checkpoint_tables(kind),

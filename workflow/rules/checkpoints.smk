@@ -35,6 +35,7 @@ rule manifest:
         "results/{series}/{step}/manifest.json",
     log:
         "results/logs/manifest/{series}/{step}.log",
+    priority: LISTING
     conda:
         "../../envs/analysis.yaml"
     params:
@@ -53,6 +54,7 @@ rule audit_series:
         "results/{series}/audit.json",
     log:
         "results/logs/audit/{series}.log",
+    priority: LISTING
     conda:
         "../../envs/analysis.yaml"
     params:
@@ -66,4 +68,4 @@ rule audit_series:
 
 rule audit:
     input:
-        expand("results/{series}/audit.json", series=list(PLAN.series)),
+        audit_files(),

@@ -159,6 +159,11 @@ def attribute_cfg(wildcards):
     return {"dtype": PLAN.series[wildcards.series].entry["dtype"], **PLAN.config["attribution"]}
 
 
+def audit_files():
+    """Whether the checkpoints of each series can be told apart and belong together."""
+    return expand("results/{series}/audit.json", series=list(PLAN.series))
+
+
 def overview_cfg(wildcards):
     """What the summary of a series is told."""
     return {"seed": PLAN.facts.seed, "allow_duplicates": PLAN.series[wildcards.series].entry["allow_duplicates"]}
@@ -183,16 +188,24 @@ def figure_files(*ends):
     ]
 
 
+# The order of jobs is one of priorities alone. An order-only input, ancient(...), would be a trap: what hangs on a job
+# that runs is not looked at for changes of its own, so that these would be missed.
 #: Checkpoints in the order in which they are best scored: by step, because the next one is fetched ahead; mixtures of
 #: experts first, because dense ones are seen through their routing.
 SCORED = [(name, step) for kind in ("moe", "dense") for name in PLAN.of_kind(kind) for step in PLAN.series[name].steps]
-#: A checkpoint's other jobs come before the next checkpoint, while it is on this disk.
-FIRST = len(SCORED) + 1
-PRIORITIES = {one: len(SCORED) - place for place, one in enumerate(SCORED)}
+PRIORITIES = {one: 2 * (len(SCORED) - place) for place, one in enumerate(SCORED)}
+#: What shows whether a series can be trusted comes before any weights are fetched; what else a checkpoint is needed for,
+#: while it is on this disk, before the next one.
+LISTING, FIRST = 2 * len(SCORED) + 3, 2 * len(SCORED) + 2
 
 
 def scoring_priority(wildcards):
     """Earlier places in the order first."""
+    return PRIORITIES[wildcards.series, step_of(wildcards)] + 1
+
+
+def masking_priority(wildcards):
+    """Right behind the scoring of the same checkpoint."""
     return PRIORITIES[wildcards.series, step_of(wildcards)]
 
 
@@ -361,7 +374,8 @@ def dynamics_targets():
     """Everything of study dynamics but the report."""
     tables = dynamics_table_files("results/dynamics/{series}/{table}.parquet")
     csv = dynamics_table_files("results/tables/dynamics/{series}/{table}.csv")
-    return ablation_targets() + masked_targets() + tables + csv + dynamics_figure_files("pdf", "png")
+    figures = dynamics_figure_files("pdf", "png")
+    return audit_files() + ablation_targets() + masked_targets() + tables + csv + figures
 
 
 #: What is written as CSV: study, series, tables.

@@ -11,8 +11,6 @@ rule mask_dense:
         manifest="results/{series}/{step}/manifest.json",
         prompts="results/prompts.parquet",
         routing=matched_routing,
-        # the order alone: the checkpoint is scored first, and is then still on this disk
-        scored=ancient("results/{series}/{step}/predictions.parquet"),
     output:
         masked_groups="results/{series}/{step}/masked_groups.parquet",
         provenance="results/{series}/{step}/provenance/mask_dense.json",
@@ -20,7 +18,7 @@ rule mask_dense:
         "results/logs/mask_dense/{series}/{step}.log",
     wildcard_constraints:
         series=one_of(PLAN.routed_by),
-    priority: FIRST
+    priority: masking_priority
     conda:
         "../../envs/lm.yaml"
     threads: scoring_threads

@@ -29,7 +29,7 @@ rule report:
         tables=summary_tables(),
         provenance=provenance_files(),
         manifests=last_files("manifest.json"),
-        audits=expand("results/{series}/audit.json", series=list(PLAN.series)),
+        audits=audit_files(),
         predictions=last_files("predictions.parquet"),
         dynamics=dynamics_report_files(),
     output:

@@ -8,10 +8,11 @@ from moescope.job import device, job, memory
 
 with job(snakemake):
     cfg = snakemake.params.cfg
-    entry, audited = (json.loads(Path(snakemake.input[name]).read_text()) for name in ("manifest", "audit"))
+    manifest = Path(snakemake.input.manifest)
+    entry, others = json.loads(manifest.read_text()), checkpoints.listed(manifest.parents[1])
     opened = checkpoints.opened(entry, cfg["dtype"], device(snakemake))
-    following = checkpoints.next_entry(Path(snakemake.input.manifest), "predictions.parquet")
-    with opened as (model, tokenizer), checkpoints.ahead(following):
+    ahead = checkpoints.ahead(checkpoints.following(entry, others, "predictions.parquet"))
+    with opened as (model, tokenizer), ahead:
         frames, found = attribution.attribute_with_report(
             model,
             tokenizer,
@@ -26,5 +27,5 @@ with job(snakemake):
     for name, frame in frames.items():
         tables.write(frame, snakemake.output[name])
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    found |= {"fingerprint": fingerprint, "same_weights": audit.same_weights(audited, entry)}
+    found |= {"fingerprint": fingerprint, "same_weights": audit.same_weights(entry, others.values())}
     provenance.write(snakemake.output.provenance, cfg, dtype=dtype, device=device(snakemake), **found)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from moescope import lpi, memory, tables
 from moescope.clean import CleanRun
-from moescope.decomposition import DecompositionError, LayerTrace, Site, routed_rows
+from moescope.decomposition import DecompositionError, LayerTrace, Site, Trace, routed_rows
 from moescope.precision import computing_in_float32
 from moescope.scores import Scores, column
 from moescope.timing import Stages, gemm_rate

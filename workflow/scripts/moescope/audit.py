@@ -37,8 +37,7 @@ def audit(
     for name in layout.VOCABULARY_FILES:
         having = [entry for entry in entries if name in entry["files"]]
         _require_same(having, f"tokenizer ({name})", lambda entry, name=name: manifests.hashes(entry, [name]))
-    prints = [sorted(manifests.hashes(entry, manifests.weights(entry)).values()) for entry in entries]
-    duplicates = duplicated(entries, prints, allow_duplicates)
+    duplicates = duplicated(entries, [_weights(entry) for entry in entries], allow_duplicates)
     return {
         "series": entries[0]["series"],
         "checkpoints": len(entries),
@@ -63,9 +62,15 @@ def duplicated(entries: Sequence[Mapping[str, Any]], prints: Sequence[Any], allo
     return several
 
 
-def same_weights(audited: Mapping[str, Any], entry: Mapping[str, Any]) -> list[str]:
-    """The other steps that an audit found to have the weights of a checkpoint: what marks its results."""
-    return [step for steps in audited["duplicates"] if _name(entry) in steps for step in steps if step != _name(entry)]
+def same_weights(entry: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The other steps of a series whose files hold the weights of a checkpoint: what marks its results."""
+    own = _weights(entry)
+    return [_name(other) for other in others if other["step"] != entry["step"] and _weights(other) == own]
+
+
+def _weights(entry: Mapping[str, Any]) -> list[str]:
+    """The hashes of the weight files of a manifest, whatever these are called."""
+    return sorted(manifests.hashes(entry, manifests.weights(entry)).values())
 
 
 def _name(entry: Mapping[str, Any]) -> str:

@@ -78,13 +78,16 @@ def ahead(entry: Entry | None) -> Iterator[None]:
         thread.join()
 
 
-def next_entry(manifest: Path, done: str) -> Entry | None:
-    """The manifest of the next step of a series that lies beside this one and has no file ``done`` yet."""
-    steps = {int(p.parent.name): p for p in manifest.parent.parent.glob("*/manifest.json") if p.parent.name.isdecimal()}
-    own = manifest.parent.name
-    later = sorted(step for step, path in steps.items() if own.isdecimal() and step > int(own))
-    waiting = (steps[step] for step in later if not (steps[step].parent / done).exists())
-    return next((json.loads(path.read_text(encoding="utf-8")) for path in waiting), None)
+def listed(series: Path) -> dict[Path, Entry]:
+    """The manifests in the folder of a series, by the folder of their checkpoint, in the order of their steps."""
+    found = {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in series.glob("*/manifest.json")}
+    return dict(sorted(found.items(), key=lambda one: (one[1]["step"] is None, one[1]["step"])))
+
+
+def following(entry: Entry, others: Mapping[Path, Entry], done: str) -> Entry | None:
+    """The next of these manifests (``listed``) of a series whose folder has no file ``done`` yet."""
+    later = (folder for folder, other in others.items() if (other["step"] or 0) > (entry["step"] or 0))
+    return next((others[folder] for folder in later if not (folder / done).exists()), None)
 
 
 def key(entry: Entry) -> str:
