@@ -136,11 +136,13 @@ def test_a_cut_in_the_middle_is_gone_on_from(server: Server, monkeypatch: pytest
 
 
 def test_the_next_checkpoint_is_fetched_ahead(server: Server, place: Path, tmp_path: Path):
-    for step, name in ((5, "olmoe"), (20, "olmo"), (100, "olmo")):
+    for step, name in ((5, "olmoe"), (7, "olmo"), (20, "olmo"), (100, "olmo")):  # 7 is selected no more
         folder = tmp_path / "results" / "there" / str(step)
         folder.mkdir(parents=True)
         files.write_json(listed(name, step), folder / "manifest.json")
-    others = checkpoints.listed(tmp_path / "results/there")
+    assert checkpoints.selected(tmp_path / "results/there") == {}, "nothing is known of what is selected"
+    files.write_json({"steps": ["5", "20", "100"]}, tmp_path / "results/there/audit.json")
+    others = checkpoints.selected(tmp_path / "results/there")
     first, _, last = others.values()
     assert [other["step"] for other in others.values()] == [5, 20, 100]
     assert checkpoints.following(first, others, "predictions.parquet")["step"] == 20

@@ -390,7 +390,10 @@ def test_a_dense_series_that_is_held_against_a_mixture_is_masked():
 
 def test_what_the_store_holds_whole_is_not_fetched_again(tmp_path: Path):
     listed({1: 10**8, 2: 10**8})
-    entry = {"files": {"model.safetensors": {"bytes": 5, "sha256": "a"}, "config.json": {"bytes": 2, "git_sha1": "b"}}}
+    entry = {
+        "source": "hub",
+        "files": {"model.safetensors": {"bytes": 5, "sha256": "a"}, "config.json": {"bytes": 2, "git_sha1": "b"}},
+    }
     Path("results/tiny/1").mkdir(parents=True)
     Path("results/tiny/1/manifest.json").write_text(json.dumps(entry))
     assert of(studies=[]).series[0].download == Amount(10**8 + 7)  # the manifest knows better than the catalog

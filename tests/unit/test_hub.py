@@ -163,7 +163,7 @@ def test_a_small_file_is_checked_like_any_other(server, repository):
 def test_folders_of_checkpoints_are_a_series(monkeypatch, tmp_path):
     for step, number in (("step1", b"1"), ("step2", b"22")):
         (tmp_path / step / "deep").mkdir(parents=True)
-        (tmp_path / step / "model.bin").write_bytes(number)
+        (tmp_path / step / "pytorch_model.bin").write_bytes(number)
         (tmp_path / step / "deep" / "note").write_bytes(number)
     folders = {f"{step}-tokens1B": tmp_path / step for step in ("step1", "step2")}
     with serving(series(REPO, folders)) as server:

@@ -83,7 +83,14 @@ def series(name="tiny-olmoe", source="pretrain", experts=32, steps=(0, 700), exp
             "shape": shape,
             "files": {"model.safetensors": {"bytes": 9_382_712, "sha256": "ab" * 32}},
         },
-        "provenance": [{**provenance, "decomposition_error": 1e-7 * (1 + 2 * (step == 0))} for step in steps],
+        "provenance": [
+            {
+                **provenance,
+                "decomposition_error": 1e-7 * (1 + 2 * (step == 0)),
+                "checkpoint": {"step": str(step), "fingerprint": f"weights of {step}"},
+            }
+            for step in steps
+        ],
         "predictions": predictions[-1].frame,
         "accuracy": overview.accuracy(predictions, prompts, met if exposure else None),
         "layer_importance": overview.layer_importance(layers, prompts),
@@ -340,10 +347,12 @@ def alone(**changes):
 def test_what_cannot_be_trusted_stands_first():
     found = {
         "gaps": [[step, step + 20] for step in range(0, 1400, 200)],
-        "duplicates": [["500", "510"]],
+        "duplicates": [],
         "remarks": ["Step 7 stands for step 8."],
     }
-    text = alone(audit=found)
+    shown = series(steps=(500, 510))
+    twice = [one | {"checkpoint": {**one["checkpoint"], "fingerprint": "the same"}} for one in shown.provenance]
+    text = alone(audit=found, steps=(500, 510), provenance=twice)
     assert text.index("the series has gaps") < text.index("What was run", text.index("Read this first"))
     assert "between steps 0 to 20, 200 to 220, 400 to 420, 600 to 620, 800 to 820 and 2 more." in text
     assert "steps 500 and 510 have the same weights" in text

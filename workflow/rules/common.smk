@@ -156,7 +156,9 @@ def audit_cfg(wildcards):
 
 def attribute_cfg(wildcards):
     """What the scoring of a checkpoint is told."""
-    return {"dtype": PLAN.series[wildcards.series].entry["dtype"], **PLAN.config["attribution"]}
+    entry = PLAN.series[wildcards.series].entry
+    allowed = {"allow_duplicates": True} if entry["allow_duplicates"] else {}
+    return {"dtype": entry["dtype"], **PLAN.config["attribution"], **allowed}
 
 
 def audit_files():
@@ -348,7 +350,8 @@ def comparison_cfg():
 def ablation_targets():
     """The ablation of every checkpoint that is to be ablated."""
     paths = [*ablation_tables().values(), "results/{series}/{step}/provenance/ablate.json"]
-    return [path for name, steps in PLAN.ablation.items() for path in expand(paths, series=name, step=steps)]
+    ablated = [path for name, steps in PLAN.ablation.items() for path in expand(paths, series=name, step=steps)]
+    return audit_files() + ablated
 
 
 def masked_targets():
@@ -375,7 +378,7 @@ def dynamics_targets():
     tables = dynamics_table_files("results/dynamics/{series}/{table}.parquet")
     csv = dynamics_table_files("results/tables/dynamics/{series}/{table}.csv")
     figures = dynamics_figure_files("pdf", "png")
-    return audit_files() + ablation_targets() + masked_targets() + tables + csv + figures
+    return ablation_targets() + masked_targets() + tables + csv + figures
 
 
 #: What is written as CSV: study, series, tables.

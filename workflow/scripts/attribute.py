@@ -7,25 +7,30 @@ from moescope import attribution, audit, checkpoints, loading, provenance, table
 from moescope.job import device, job, memory
 
 with job(snakemake):
-    cfg = snakemake.params.cfg
+    cfg, prompts = snakemake.params.cfg, tables.read(snakemake.input.prompts)
     manifest = Path(snakemake.input.manifest)
-    entry, others = json.loads(manifest.read_text()), checkpoints.listed(manifest.parents[1])
+    entry, others = json.loads(manifest.read_text()), checkpoints.selected(manifest.parents[1])
     opened = checkpoints.opened(entry, cfg["dtype"], device(snakemake))
     ahead = checkpoints.ahead(checkpoints.following(entry, others, "predictions.parquet"))
     with opened as (model, tokenizer), ahead:
+        own = {
+            "step": audit.step_name(entry),
+            "key": checkpoints.key(entry),
+            "fingerprint": loading.fingerprint(model),
+            "tokens": loading.token_digest(tokenizer, prompts["text"]),
+        }
+        same = audit.require_apart(entry, own, checkpoints.findings(others), cfg.get("allow_duplicates", False))
         frames, found = attribution.attribute_with_report(
             model,
             tokenizer,
-            tables.read(snakemake.input.prompts),
+            prompts,
             cfg["target"],
             cfg["uncertainty"],
             cfg["norm"],
             progress=True,
             mem_mb=memory(snakemake),
         )
-        fingerprint = loading.fingerprint(model)
     for name, frame in frames.items():
         tables.write(frame, snakemake.output[name])
-    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    found |= {"fingerprint": fingerprint, "same_weights": audit.same_weights(entry, others.values())}
-    provenance.write(snakemake.output.provenance, cfg, dtype=dtype, device=device(snakemake), **found)
+    found |= {"dtype": str(next(model.parameters()).dtype).removeprefix("torch."), "device": device(snakemake)}
+    provenance.write(snakemake.output.provenance, cfg, checkpoint=own, same_weights=same, **found)

@@ -11,7 +11,8 @@ with job(snakemake):
     prompts = tables.read(snakemake.input.prompts)
     exposure = tables.read(snakemake.input.exposure) if snakemake.input.exposure else None
     seed, scored = snakemake.params.cfg["seed"], [json.loads(Path(p).read_text()) for p in snakemake.input.provenance]
-    audit.duplicated(manifests, [one["fingerprint"] for one in scored], snakemake.params.cfg["allow_duplicates"])
+    prints = [one["checkpoint"]["fingerprint"] for one in scored]
+    audit.duplicated(manifests, prints, snakemake.params.cfg["allow_duplicates"])
 
     def checkpoints(paths):
         for manifest, path in zip(manifests, paths, strict=True):

@@ -6,6 +6,7 @@ that reads as perfect stability.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,13 +35,13 @@ def audit(
     for entry in entries:
         _require_unmoved(entry, commits)
     _require_same(entries, "shape", lambda entry: entry["shape"])
-    for name in layout.VOCABULARY_FILES:
-        having = [entry for entry in entries if name in entry["files"]]
-        _require_same(having, f"tokenizer ({name})", lambda entry, name=name: manifests.hashes(entry, [name]))
+    for name, kind in itertools.product(layout.VOCABULARY_FILES, ("sha256", "git_sha1")):  # large files leave git
+        having = [entry for entry in entries if kind in entry["files"].get(name, ())]
+        _require_same(having, f"tokenizer ({name})", lambda entry, of=(name, kind): entry["files"][of[0]][of[1]])
     duplicates = duplicated(entries, [_weights(entry) for entry in entries], allow_duplicates)
     return {
         "series": entries[0]["series"],
-        "checkpoints": len(entries),
+        "steps": [step_name(entry) for entry in entries],
         "duplicates": duplicates,
         "gaps": [list(pair) for pair in gaps],
         "remarks": list(remarks),
@@ -52,20 +53,38 @@ def duplicated(entries: Sequence[Mapping[str, Any]], prints: Sequence[Any], allo
     order of the manifests. Raises AuditError where there are any, unless that is allowed."""
     groups: dict[str, list[str]] = {}
     for entry, found in zip(entries, prints, strict=True):
-        groups.setdefault(repr(found), []).append(_name(entry))
+        groups.setdefault(repr(found), []).append(step_name(entry))
     several = [steps for steps in groups.values() if len(steps) > 1]
     if several and not allow_duplicates:
-        raise AuditError(
-            f"{entries[0]['series']}: steps {' and '.join(several[0])} have the same weights, so at least one is not "
-            "what its name says; leave one out, or write allow_duplicates: true to keep them, marked"
-        )
+        raise AuditError(_told(entries[0]["series"], several[0]))
     return several
 
 
-def same_weights(entry: Mapping[str, Any], others: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The other steps of a series whose files hold the weights of a checkpoint: what marks its results."""
-    own = _weights(entry)
-    return [_name(other) for other in others if other["step"] != entry["step"] and _weights(other) == own]
+def require_apart(
+    entry: Mapping[str, Any], own: Mapping[str, Any], others: Iterable[Mapping[str, Any]], allow_duplicates: bool
+) -> list[str]:
+    """The steps of a series whose models turned out to be that of a checkpoint, however they are stored, when they were
+    loaded. ``own`` and ``others``: what was found of each (``step``, ``fingerprint``, ``tokens`` of the prompts).
+
+    Raises AuditError where there are any, unless that is allowed, and where the prompts became other tokens.
+    """
+    others = [other for other in others if other["step"] != own["step"]]
+    if strange := next((other["step"] for other in others if other["tokens"] != own["tokens"]), None):
+        raise AuditError(
+            f"{entry['series']}: the tokenizer of step {own['step']} makes other tokens of the prompts than that of "
+            f"step {strange}; one of them is another model, leave it out"
+        )
+    same = [other["step"] for other in others if other["fingerprint"] == own["fingerprint"]]
+    if same and not allow_duplicates:
+        raise AuditError(_told(entry["series"], [*same, own["step"]]))
+    return same
+
+
+def _told(series: str, steps: Sequence[str]) -> str:
+    return (
+        f"{series}: steps {' and '.join(steps)} have the same weights, so at least one is not what its name says; "
+        "leave one out, or write allow_duplicates: true to keep them, marked"
+    )
 
 
 def _weights(entry: Mapping[str, Any]) -> list[str]:
@@ -73,17 +92,18 @@ def _weights(entry: Mapping[str, Any]) -> list[str]:
     return sorted(manifests.hashes(entry, manifests.weights(entry)).values())
 
 
-def _name(entry: Mapping[str, Any]) -> str:
+def step_name(entry: Mapping[str, Any]) -> str:
+    """The step of a manifest, as the folder of its results is called."""
     return "main" if entry["step"] is None else str(entry["step"])
 
 
 def _require_unmoved(entry: Mapping[str, Any], commits: Mapping[str, str]) -> None:
     now = commits.get(entry["revision"])
     if now and entry["commit"] and now != entry["commit"]:
-        place = f"results/{entry['series']}/{_name(entry)}"
+        place = f"results/{entry['series']}/{step_name(entry)}"
         raise AuditError(
             f"{entry['series']}: {entry['revision']} was commit {entry['commit'][:12]} when it was listed and is "
-            f"{now[:12]} in the catalog; delete {place} to score it anew"
+            f"{now[:12]} in the catalog; run make catalog, and if they still differ delete {place} to score it anew"
         )
 
 
@@ -93,6 +113,6 @@ def _require_same(entries: Iterable[Mapping[str, Any]], what: str, of: Any) -> N
         first = first or entry
         if of(entry) != of(first):
             raise AuditError(
-                f"{entry['series']}: the {what} of step {_name(entry)} is not that of step {_name(first)}; "
+                f"{entry['series']}: the {what} of step {step_name(entry)} is not that of step {step_name(first)}; "
                 "one of them is another model, leave it out"
             )

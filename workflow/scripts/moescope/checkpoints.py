@@ -19,6 +19,8 @@ __all__ = ["CheckpointError", "acquire", "ahead", "load", "opened"]
 
 #: Of an entry of the store, the folder of its fused copy.
 _FUSED = "fused"
+#: Seconds between two attempts to begin what will be needed, and that the end of a job waits for it.
+_PAUSE = 5.0
 Entry = Mapping[str, Any]
 
 
@@ -32,6 +34,7 @@ def acquire(entry: Entry) -> Iterator[Path]:
     StoreError where there is no room.
     """
     if entry["source"] == "hub":
+        _require_reachable(entry)
         with store.held(key(entry), lambda place: _fetch(place, entry), _room(entry)) as place:
             yield place / _FUSED if (place / _FUSED).is_dir() else place
         return
@@ -51,48 +54,74 @@ def acquire(entry: Entry) -> Iterator[Path]:
 def opened(entry: Entry, dtype: str = "auto", device: str = "cpu") -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer) of the checkpoint that a manifest describes, while the block runs (``acquire``, ``load``)."""
     with acquire(entry) as directory:
-        yield load(directory, dtype, device, entry["gguf_file"], entry["allow_pickle"])
+        checked = directory == store.place_of(key(entry)) / _FUSED
+        yield load(directory, dtype, device, entry["gguf_file"], entry["allow_pickle"], checked)
 
 
 @contextlib.contextmanager
 def ahead(entry: Entry | None) -> Iterator[None]:
     """Fetch a checkpoint that will be needed next (None: nothing) while the block runs, where the store has room.
 
-    What goes wrong, and what is unfinished when the block ends, is left to the job that needs it.
+    What goes wrong, and what is unfinished when the block ends, is left to the job that needs it. Nothing here
+    imports transformers: the block may, and that bears no company.
     """
-    if entry is None or entry["source"] != "hub" or store.keep() < 2:
+    if entry is None or entry["source"] != "hub" or store.keep() < 2 or hub.offline():
         yield
         return
     stop = threading.Event()
 
     def fetch() -> None:
         with contextlib.suppress(Exception):
-            store.ahead(key(entry), lambda place: _download(place, entry, stop), _room(entry))
+            while not store.ahead(key(entry), lambda place: _download(place, entry, stop), _room(entry)):
+                if stop.wait(_PAUSE):
+                    return
 
-    thread = threading.Thread(target=fetch)
+    thread = threading.Thread(target=fetch, daemon=True)
     thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
+        thread.join(_PAUSE)  # a connection that stands still must not hold the job up: it ends with the process
 
 
-def listed(series: Path) -> dict[Path, Entry]:
-    """The manifests in the folder of a series, by the folder of their checkpoint, in the order of their steps."""
-    found = {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in series.glob("*/manifest.json")}
-    return dict(sorted(found.items(), key=lambda one: (one[1]["step"] is None, one[1]["step"])))
+def selected(series: Path) -> dict[Path, Entry]:
+    """The manifests in the folder of a series by the folder of their checkpoint, in the order of their steps: of those
+    that its audit knows, because others may be left from a former selection."""
+    audited = series / "audit.json"
+    steps = json.loads(audited.read_text(encoding="utf-8"))["steps"] if audited.exists() else []
+    paths = [path for step in steps if (path := series / step / "manifest.json").exists()]
+    return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def findings(others: Mapping[Path, Entry]) -> list[dict]:
+    """What was found of these checkpoints (``selected``) when they were scored, as far as they are the same still."""
+    paths = {folder: folder / "provenance" / "attribute.json" for folder in others}
+    read = {f: json.loads(path.read_text(encoding="utf-8")) for f, path in paths.items() if path.exists()}
+    found = {folder: one["checkpoint"] for folder, one in read.items() if "checkpoint" in one}
+    return [one for folder, one in found.items() if one["key"] == key(others[folder])]
 
 
 def following(entry: Entry, others: Mapping[Path, Entry], done: str) -> Entry | None:
-    """The next of these manifests (``listed``) of a series whose folder has no file ``done`` yet."""
+    """The next of these manifests (``selected``) of a series whose folder has no file ``done`` yet."""
     later = (folder for folder, other in others.items() if (other["step"] or 0) > (entry["step"] or 0))
     return next((others[folder] for folder in later if not (folder / done).exists()), None)
 
 
+def _require_reachable(entry: Entry) -> None:
+    """Raises HubError where a checkpoint is not on this disk and the hub is switched off, before room is made."""
+    place = store.place_of(key(entry))
+    files_there = all((place / name).is_file() for name in entry["files"])
+    if hub.offline() and not (store.whole(key(entry)) or (place / _FUSED).is_dir() or files_there):
+        raise hub.HubError(
+            f"{entry['repo']} at {entry['revision']}: is not on this disk, and the hub is switched off; "
+            "unset HF_HUB_OFFLINE"
+        )
+
+
 def key(entry: Entry) -> str:
-    """The name of an entry of the store: by what it is made of, wherever it comes from."""
-    sources = manifests.hashes(entry, sorted(entry["files"]))
+    """The name of an entry of the store: by what it is made of, and whether of a download or of files on this disk."""
+    sources = {"hub": entry["source"] == "hub"} | manifests.hashes(entry, sorted(entry["files"]))
     return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:32]
 
 
@@ -106,6 +135,8 @@ def _room(entry: Entry) -> int:
 def _fetch(place: Path, entry: Entry) -> None:
     """Download the files of a checkpoint; a fused copy takes the place of the weights."""
     copy = place / _FUSED
+    if copy.is_dir() and not fused.whole(copy):
+        shutil.rmtree(copy)
     if not copy.is_dir():
         _download(place, entry)
         where = f"{entry['repo']} at {entry['revision']}: the model"

@@ -8,6 +8,7 @@ used. The copy is made once, one tensor at a time, by transformers' own conversi
 from __future__ import annotations
 
 import copy
+import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -64,9 +65,13 @@ def finite(tensor: Any) -> bool:
     return all(bool(torch.isfinite(part).all()) for part in (tensor.split(rows) if tensor.dim() else (tensor,)))
 
 
-def checked(directory: Path) -> bool:
-    """Whether a directory is a copy whose weights were found finite when it was made."""
-    return (directory / RECORD).is_file()
+def whole(copy: Path) -> bool:
+    """Whether a copy has all its files, in the sizes that they were given."""
+    try:
+        record = json.loads((copy / RECORD).read_text(encoding="utf-8"))
+        return all((copy / name).stat().st_size == facts["bytes"] for name, facts in record["files"].items())
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 @dataclass

@@ -43,6 +43,13 @@ class DamagedError(HubError):
     """A download that is not the file that the listing names."""
 
 
+def offline() -> bool:
+    """Whether the hub is switched off (``HF_HUB_OFFLINE``)."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def branches(repo: str) -> dict[str, str]:
     """Commit by name of every branch and tag of a repository. Raises HubError where it cannot be listed."""
     found = _asked(repo, lambda: _api().list_repo_refs(repo))
@@ -62,8 +69,8 @@ def listing(repo: str, revision: str) -> tuple[str, dict[str, dict[str, Any]]]:
 def weights_size(repo: str, commit: str) -> int:
     """Bytes of the weight files of a commit, of the form that would be fetched: safetensors where there are any."""
     sizes = {name: facts["bytes"] for name, facts in _files(repo, commit).items()}
-    for end in (".safetensors", ".bin"):
-        if own := [size for name, size in sizes.items() if name.endswith(end)]:
+    for form in (r"model(-\d+-of-\d+)?\.safetensors", r"pytorch_model(-\d+-of-\d+)?\.bin", r".*\.safetensors"):
+        if own := [size for name, size in sizes.items() if re.fullmatch(form, name)]:
             return sum(own)
     return 0
 
@@ -106,8 +113,12 @@ def fetch(
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     for last in (False, True):
-        where = f"{repo} at {commit[:12]}, {name}"
-        _asked(where, lambda: _download(repo, commit, name, facts["bytes"], part, stop), stop)
+        _continued(
+            f"{repo} at {commit[:12]}, {name}",
+            part,
+            stop,
+            lambda: _download(repo, commit, name, facts["bytes"], part, stop),
+        )
         if hash_of(part, facts) == facts.get("sha256", facts.get("git_sha1")):
             os.replace(part, path)
             return path
@@ -142,6 +153,18 @@ def shapes(repo: str, commit: str, name: str) -> dict[str, list[int]]:
     """The shapes of the tensors of a safetensors file, by name, from its header alone."""
     found = _asked(f"{repo}, {name}", lambda: _api().parse_safetensors_file_metadata(repo, name, revision=commit))
     return {key: list(tensor.shape) for key, tensor in found.tensors.items()}
+
+
+def _continued(what: str, part: Path, stop: threading.Event | None, download: Callable[[], None]) -> None:
+    """Ask for the rest of a partial file for as long as that makes it longer."""
+    while True:
+        before = part.stat().st_size if part.exists() else 0
+        try:
+            return _asked(what, download, stop)
+        except HubError as error:
+            passes = error.__cause__ is not None and _passes(error.__cause__)
+            if not (passes and part.exists() and part.stat().st_size > before):
+                raise
 
 
 class _Part(io.FileIO):

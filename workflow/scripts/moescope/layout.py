@@ -114,7 +114,11 @@ def _weights(where: str, there: Collection[str], read: Callable[[str], bytes], f
         shards = sorted(f"{name:s}" for name in set(json.loads(read(index))["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{where}/{index}: is no index of weight files; fetch it again") from error
-    return [files.require_inside(name, where) for name in shards]
+    if strange := next((n for n in shards if Path(files.require_inside(n, where)).suffix != Path(whole).suffix), None):
+        raise CheckpointError(
+            f"{where}/{index}: names {strange!r}, which is no weight file; do not use this checkpoint"
+        )
+    return shards
 
 
 def is_weights(name: str) -> bool:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +30,15 @@ def load(
     device: str = "cpu",
     gguf_file: str | None = None,
     allow_pickle: bool = False,
+    checked: bool = False,
 ) -> tuple[Any, Any]:
     """(model, tokenizer) of a checkpoint on disk: safetensors or GGUF, no code of the checkpoint is run.
 
     ``dtype`` is what the weights are stored in: ``auto`` keeps that of the files. GGUF is dequantised to float32, and
     files of several dtypes are float32 throughout, unless the model itself keeps those in float32 that do not have the
-    commonest. ``allow_pickle``: weights that come as pickles only are read too, tensors and nothing else. Raises
-    CheckpointError where weights are missing, have the wrong shape, hold a NaN or an infinity, or are more than all
-    GPUs hold.
+    commonest. ``allow_pickle``: weights that come as pickles only are read too, tensors and nothing else. ``checked``:
+    they are known to be finite. Raises CheckpointError where weights are missing, have the wrong shape, hold a NaN or
+    an infinity, or are more than all GPUs hold.
     """
     os.environ.setdefault("HF_DEACTIVATE_ASYNC_LOAD", "1")  # parallel loading holds up to half the model twice
     from transformers import AutoTokenizer
@@ -51,7 +53,7 @@ def load(
     _require_complete(place, model, info)
     with told_in_one_line(f"{place}: the tokenizer", "put the files of tokenizer.save_pretrained there"):
         tokenizer = AutoTokenizer.from_pretrained(directory, **source)
-    for name, weight in () if fused.checked(directory) else model.named_parameters():
+    for name, weight in () if checked else model.named_parameters():
         if not fused.finite(weight):
             raise CheckpointError(f"{place}: {name} holds a NaN or an infinity; {_CURE}")
     return (model if spread else model.to(device)).eval(), tokenizer
@@ -91,6 +93,11 @@ def _require_complete(place: Path, model: Any, info: Mapping[str, Any]) -> None:
     for problem, what in {"missing_keys": "is missing", "mismatched_keys": "has the wrong shape"}.items():
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem, ())):
             raise CheckpointError(f"{place}: {keys[0]} {what}; {_CURE}")
+
+
+def token_digest(tokenizer: Any, texts: Sequence[str]) -> str:
+    """A hash of the tokens that texts become: what shows whether two tokenizers are the same where it matters."""
+    return hashlib.sha256(json.dumps(tokenizer(list(texts))["input_ids"]).encode()).hexdigest()
 
 
 def fingerprint(model: Any) -> str:

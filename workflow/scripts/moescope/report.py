@@ -135,7 +135,7 @@ def build(series: Sequence[Series], folder: str | os.PathLike, studies: Sequence
         trained=[one.name for one in series if one.source == "pretrain"],
         read=[one.name for one in series if one.source == "local"],
         fetched=[(one.name, one.manifest["repo"]) for one in series if one.source == "hub"],
-        warnings=[(one.name, line) for one in series for line in _warnings(one.audit)],
+        warnings=[(one.name, line) for one in series for line in _warnings(one)],
         facts=list(FACTS.items()),
         metrics=list(METRICS.values()),
         figures=[
@@ -189,15 +189,19 @@ def _missing(figure: str, series: Sequence[Series]) -> list[str]:
     return lines
 
 
-def _warnings(audit: Mapping) -> list[str]:
+def _warnings(series: Series) -> list[str]:
     """What a reader has to know of a series before any of its numbers."""
-    gaps = [f"{earlier:,} to {later:,}" for earlier, later in audit["gaps"]]
+    gaps = [f"{earlier:,} to {later:,}" for earlier, later in series.audit["gaps"]]
     shown = ", ".join(gaps[:5]) + (f" and {len(gaps) - 5} more" if len(gaps) > 5 else "")
     lines = [f"the series has gaps: there is nothing between steps {shown}."] if gaps else []
-    for steps in audit["duplicates"]:
+    groups: dict[str, list[str]] = {}
+    for one in series.provenance:
+        if "checkpoint" in one:
+            groups.setdefault(one["checkpoint"]["fingerprint"], []).append(one["checkpoint"]["step"])
+    for steps in (steps for steps in groups.values() if len(steps) > 1):
         line = f"steps {' and '.join(steps)} have the same weights, so at least one is not what its name says"
         lines.append(f"{line}; every result that compares them is an artefact.")
-    return [*lines, *audit["remarks"]]
+    return [*lines, *series.audit["remarks"]]
 
 
 def _section(series: Series) -> dict:

@@ -54,15 +54,14 @@ def held(key: str, make: Make, size: int) -> Iterator[Path]:
     ``size``: bytes that the making takes at most. ``make`` is given what an attempt that was cut short left behind.
     Waits while all that the store keeps is in use. Raises StoreError where the disk has no room.
     """
-    place = _place(key)
+    place = place_of(key)
     with _lock(key) as lock:
         waiting = False
         while not (_try(lock, fcntl.LOCK_SH) and _whole(place)):
             if _try(lock, fcntl.LOCK_EX) and _reserve(key, size, idle=0):
                 make(place)
-                files.write_json(
-                    {"files": {str(p.relative_to(place)): p.stat().st_size for p in _files(place)}}, place / RECORD
-                )
+                sizes = {name: stat.st_size for name, stat in sorted(_files(place).items())}
+                files.write_json({"files": sizes}, place / RECORD)
             else:
                 fcntl.flock(lock, fcntl.LOCK_UN)  # who waits for room must not stand in the way of others who do
                 if not waiting:
@@ -74,20 +73,25 @@ def held(key: str, make: Make, size: int) -> Iterator[Path]:
         os.utime(place / RECORD)
 
 
-def ahead(key: str, begin: Make, size: int) -> None:
-    """Begin an entry that will be needed, unless somebody else does, or room would have to be made of what may still be
-    in use. It is left to ``held`` to complete."""
+def ahead(key: str, begin: Make, size: int) -> bool:
+    """Begin an entry that will be needed, which is left to ``held`` to complete. False, and nothing, where room would
+    have to be made of what may still be in use; True too where it is there, or somebody else is at it."""
     with _lock(key) as lock:
-        if _try(lock, fcntl.LOCK_EX) and not _whole(_place(key)) and _reserve(key, size, IDLE):
-            begin(_place(key))
+        if not _try(lock, fcntl.LOCK_EX) or _whole(place_of(key)):
+            return True
+        if not _reserve(key, size, IDLE):
+            return False
+        begin(place_of(key))
+    return True
 
 
 def whole(key: str) -> bool:
     """Whether an entry is there, complete, with files of the sizes that it was given."""
-    return _whole(_place(key))
+    return _whole(place_of(key))
 
 
-def _place(key: str) -> Path:
+def place_of(key: str) -> Path:
+    """Where an entry lies, or would."""
     return folder() / "entries" / key
 
 
@@ -99,8 +103,18 @@ def _whole(place: Path) -> bool:
         return False
 
 
-def _files(place: Path) -> list[Path]:
-    return sorted(path for path in place.rglob("*") if path.is_file())
+def _files(place: Path) -> dict[str, os.stat_result]:
+    """What an entry holds by its name in it; others may be at work there, so what is gone meanwhile is left out."""
+    found = {}
+    for folder, _, names in os.walk(place):
+        for path in (Path(folder) / name for name in names):
+            with contextlib.suppress(FileNotFoundError):
+                found[str(path.relative_to(place))] = path.stat()
+    return found
+
+
+def _held_bytes(place: Path) -> int:
+    return sum(stat.st_size for stat in _files(place).values())
 
 
 @contextlib.contextmanager
@@ -125,35 +139,53 @@ def _try(lock: int, kind: int) -> bool:
 
 
 def _reserve(key: str, size: int, idle: float) -> bool:
-    """Make room for an entry and its folder: False where too many others are in use, or were ``idle`` seconds ago."""
-    place = _place(key)
+    """Make room for an entry and its folder: False where too many others are in use, or were ``idle`` seconds ago, or
+    where the disk will hold it only when they have made way."""
+    place = place_of(key)
     with _lock("room") as room:
         fcntl.flock(room, fcntl.LOCK_EX)
         place.parent.mkdir(parents=True, exist_ok=True)
-        others = sorted((p for p in place.parent.iterdir() if p.name != key), key=_last_use)
-        surplus = len(others) - keep() + 1
-        needed = size - sum(p.stat().st_size for p in _files(place))
-        for other in others:
-            if surplus <= 0 and shutil.disk_usage(place.parent).free >= needed:
+        for left in folder().glob("evicted-*"):  # by a process that was killed
+            shutil.rmtree(left)
+        others = sorted((p for p in place.parent.iterdir() if p.is_dir() and p.name != key), key=_last_use)
+        needed = size - _held_bytes(place)
+        while others and (len(others) >= keep() or _free(others) < needed):
+            if not (gone := next((other for other in others if _evict(other, idle)), None)):
                 break
-            surplus -= _evict(other, idle)
-        if surplus > 0:
+            others.remove(gone)
+        if len(others) >= keep() or (others and _free(others) < needed):
             return False
-        if (free := shutil.disk_usage(place.parent).free) < needed:
+        if (free := _free(others)) < needed:
             raise StoreError(
                 f"{folder()}: {needed / 1e9:.2f} GB are needed and {free / 1e9:.2f} GB are free; make room, or name "
                 "another folder in MOESCOPE_STORE, then resume"
             )
         place.mkdir(exist_ok=True)
+        _promise(key, size)
     return True
+
+
+def _free(others: list[Path]) -> int:
+    """Bytes of the disk that nobody has and that no other entry, still being made, was promised."""
+    missing = (max(0, _promised(other.name) - _held_bytes(other)) for other in others if not _whole(other))
+    return shutil.disk_usage(folder() / "entries").free - sum(missing)
+
+
+def _promise(key: str, size: int) -> None:
+    """Note in its lock file what an entry may take."""
+    (folder() / "locks" / key).write_text(str(size))
+
+
+def _promised(key: str) -> int:
+    with contextlib.suppress(OSError, ValueError):
+        return int((folder() / "locks" / key).read_text())
+    return 0
 
 
 def _last_use(place: Path) -> float:
     """When an entry was last used, or worked on; 0 where nothing is in it."""
-    record = place / RECORD
-    if record.exists():
-        return record.stat().st_mtime
-    return max((path.stat().st_mtime for path in _files(place)), default=0)
+    found = _files(place)
+    return found[RECORD].st_mtime if RECORD in found else max((stat.st_mtime for stat in found.values()), default=0)
 
 
 def _evict(place: Path, idle: float) -> bool:
@@ -161,6 +193,7 @@ def _evict(place: Path, idle: float) -> bool:
     with _lock(place.name) as lock:
         if time.time() - _last_use(place) < idle or not _try(lock, fcntl.LOCK_EX):
             return False
-        (place / RECORD).unlink(missing_ok=True)  # first, so that half an entry is never taken for one
-        shutil.rmtree(place)
+        aside = folder() / f"evicted-{place.name}"  # so that half an entry is never taken for one
+        os.rename(place, aside)
+        shutil.rmtree(aside)
     return True
