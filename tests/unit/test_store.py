@@ -37,6 +37,11 @@ def use(key: str) -> None:
         pass
 
 
+def last_used(key: str, when: float) -> None:
+    """Pretend that an entry was last used then (seconds since 1970)."""
+    os.utime(store.folder() / "locks" / key, (when, when))
+
+
 def test_an_entry_is_made_once_and_stays():
     made = []
     for _ in range(2):
@@ -48,17 +53,28 @@ def test_an_entry_is_made_once_and_stays():
 
 
 def test_the_longest_unused_makes_way(place: Path):
-    for key in ("a", "b"):
+    for key, when in (("a", 1), ("b", 2)):
         use(key)
-        os.utime(place / key / store.RECORD, (1, {"a": 1, "b": 2}[key]))
-    use("a")  # now b is the older
+        last_used(key, when)
+    use("a")  # now b is the longer unused
     use("c")
     assert entries(place) == ["a", "c"]
 
 
+def test_of_those_used_a_moment_ago_the_one_made_first_makes_way(place: Path):
+    """The jobs of a checkpoint follow one another: b is about to be used again, though a was used after it."""
+    for key, when in (("a", 1000), ("b", 2000)):
+        use(key)
+        os.utime(place / key / store.RECORD, (when, when))
+    last_used("b", time.time() - 5)
+    last_used("a", time.time())
+    use("c")
+    assert entries(place) == ["b", "c"]
+
+
 def test_what_is_in_use_never_makes_way(place: Path):
     with store.held("a", writes(), 10):
-        os.utime(place / "a" / store.RECORD, (1, 1))
+        last_used("a", 1)
         for key in "bcd":
             use(key)
         assert entries(place) == ["a", "d"]
@@ -164,7 +180,7 @@ def test_ahead_takes_free_room_and_what_is_long_unused_only(place: Path, monkeyp
         assert not store.whole("b"), "who needs it completes it"
         store.ahead("c", writes(), 10)  # a is in use, b was begun a moment ago
         assert entries(place) == ["a", "b"]
-        os.utime(place / "b" / "model", (1, 1))
+        last_used("b", 1)
         store.ahead("c", writes(), 10)
         assert entries(place) == ["a", "c"]
         with store.held("c", lambda folder: None, 10) as folder:

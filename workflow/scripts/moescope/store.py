@@ -1,9 +1,11 @@
 """The store: checkpoints on this disk for as long as they are needed, never more of them than ``keep``.
 
 An entry is a folder with a name of its own (a digest of what it is made of). Whoever works with one holds a lock on
-it, shared with others; whoever makes one holds it alone. What nobody holds makes way where room is needed, the longest
-unused first. Locks are those of the operating system (flock) and end with the process that held them, however it ends.
-So the store has to lie on a file system that has them, on a cluster best on the disk of each node.
+it, shared with others; whoever makes one holds it alone. What nobody holds makes way where room is needed: the
+longest unused first, and of those that were used a moment ago the one that was made first, because the jobs of a
+checkpoint follow one another, and between two of them nobody holds it. Locks are those of the operating system
+(flock) and end with the process that held them, however it ends. So the store has to lie on a file system that has
+them, on a cluster best on the disk of each node.
 """
 
 from __future__ import annotations
@@ -24,8 +26,7 @@ from moescope.errors import MoescopeError
 _log = logging.getLogger(__name__)
 #: What an entry says of itself when it is whole: the sizes of its files.
 RECORD = "entry.json"
-#: Seconds between two looks for room, and for which an entry must have been unused to make way for one that nobody
-#: needs yet.
+#: Seconds between two looks for room, and for which an entry that was used may well be needed again.
 PAUSE, IDLE = 0.5, 60.0
 Make = Callable[[Path], None]
 
@@ -68,9 +69,9 @@ def held(key: str, make: Make, size: int) -> Iterator[Path]:
                     _log.info("waiting for room in %s, or for another job to fetch %s", folder(), key)
                 waiting = True
                 time.sleep(PAUSE)
-        os.utime(place / RECORD)
+        os.utime(lock)
         yield place
-        os.utime(place / RECORD)
+        os.utime(lock)
 
 
 def ahead(key: str, begin: Make, size: int) -> bool:
@@ -147,7 +148,7 @@ def _reserve(key: str, size: int, idle: float) -> bool:
         place.parent.mkdir(parents=True, exist_ok=True)
         for left in folder().glob("evicted-*"):  # by a process that was killed
             shutil.rmtree(left)
-        others = sorted((p for p in place.parent.iterdir() if p.is_dir() and p.name != key), key=_last_use)
+        others = sorted((p for p in place.parent.iterdir() if p.is_dir() and p.name != key), key=_turn)
         needed = size - _held_bytes(place)
         while others and (len(others) >= keep() or _free(others) < needed):
             if not (gone := next((other for other in others if _evict(other, idle)), None)):
@@ -183,9 +184,18 @@ def _promised(key: str) -> int:
 
 
 def _last_use(place: Path) -> float:
-    """When an entry was last used, or worked on; 0 where nothing is in it."""
-    found = _files(place)
-    return found[RECORD].st_mtime if RECORD in found else max((stat.st_mtime for stat in found.values()), default=0)
+    """When an entry was last used, or room was made for it: the time of its lock file."""
+    with contextlib.suppress(FileNotFoundError):
+        return (folder() / "locks" / place.name).stat().st_mtime
+    return 0
+
+
+def _turn(place: Path) -> tuple[bool, float]:
+    """The order in which entries make way; those that hold nothing first."""
+    found, used = _files(place), _last_use(place)
+    if not found or time.time() - used >= IDLE:
+        return False, used if found else 0
+    return True, found[RECORD].st_mtime if RECORD in found else time.time()
 
 
 def _evict(place: Path, idle: float) -> bool:
