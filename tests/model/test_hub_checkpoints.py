@@ -236,3 +236,91 @@ def test_pickles_of_the_hub_are_read_only_where_that_is_allowed(tmp_path: Path, 
         assert entry["shape"]["parameters"] is None
         with checkpoints.opened(entry) as (found, _):
             assert loading.fingerprint(found) == loading.fingerprint(model)
+
+
+def test_the_commit_of_the_manifest_is_fetched_wherever_its_branch_has_moved(
+    saved: dict[str, Path], server: Server, place: Path
+):
+    entry = listed("olmo")
+    server.repositories["lab/models"].move("olmo", {path.name: path for path in saved["olmoe"].iterdir()})
+    with checkpoints.opened(entry) as (model, _):
+        expected, _ = checkpoints.load(saved["olmo"])
+        assert loading.fingerprint(model) == loading.fingerprint(expected)
+
+
+def test_only_what_a_checkpoint_consists_of_is_fetched(saved: dict[str, Path], place: Path, monkeypatch):
+    content = {path.name: path.read_bytes() for path in saved["olmo"].iterdir()}
+    others = {"README.md": b"-", "optimizer.pt": b"-" * 5000, "consolidated.safetensors": b"-", "mine.py": b"raise"}
+    with serving(Repository("lab/models", {"olmo": content | others})) as server:
+        use(server, monkeypatch)
+        with checkpoints.opened(listed("olmo")):
+            pass
+        assert {answer.file for answer in server.log if answer.file} <= content.keys()
+    (folder,) = place.iterdir()
+    assert {path.name for path in folder.iterdir()} <= {*content, store.RECORD}
+
+
+@pytest.mark.parametrize("damage", ["record", "tokenizer", "cut"])
+def test_a_copy_of_which_a_part_is_gone_is_made_again(damage: str, server: Server, place: Path):
+    """As an eviction that was killed, or a faulty disk, would leave it."""
+    entry = listed("olmoe")
+    with checkpoints.acquire(entry) as directory:
+        weights = next(directory.glob("*.safetensors"))
+    if damage == "cut":
+        weights.write_bytes(b"")
+    else:
+        (directory / {"record": fused.RECORD, "tokenizer": "tokenizer.json"}[damage]).unlink()
+    (directory.parent / store.RECORD).unlink()
+    with checkpoints.opened(entry) as (model, tokenizer):
+        assert len(tokenizer) > 10
+        assert sum(weight.numel() for weight in model.parameters()) > 1000
+
+
+def test_with_the_hub_switched_off_nothing_makes_way(server: Server, place: Path, monkeypatch):
+    monkeypatch.setenv("MOESCOPE_KEEP", "1")
+    there, elsewhere = listed("olmo"), listed("olmoe")
+    with checkpoints.opened(there):
+        pass
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(hub.HubError, match="is not on this disk, and the hub is switched off; unset HF_HUB_OFFLINE"):
+        checkpoints.acquire(elsewhere).__enter__()
+    with checkpoints.opened(there), checkpoints.ahead(elsewhere):
+        pass
+    assert [path.name for path in place.iterdir()] == [checkpoints.key(there)]
+
+
+def test_a_file_called_like_a_record_vouches_for_nothing(saved: dict[str, Path]):
+    """Neither beside the weights of a stranger nor as one of them."""
+    index = saved["olmo"] / "model.safetensors.index.json"
+    path = saved["olmo"] / next(iter(json.loads(index.read_text())["weight_map"].values()))
+    weights = load_file(path)
+    next(iter(weights.values())).view(-1)[0] = torch.nan
+    save_file(weights, path, metadata={"format": "pt"})
+    (saved["olmo"] / fused.RECORD).write_text("{}")
+    with pytest.raises(layout.CheckpointError, match="holds a NaN"):
+        checkpoints.load(saved["olmo"])
+    index.write_text(json.dumps({"weight_map": {"w": store.RECORD}}))
+    with pytest.raises(layout.CheckpointError, match=r"names 'entry.json', which is no weight file"):
+        checkpoints.load(saved["olmo"])
+
+
+def test_a_connection_that_stands_still_does_not_hold_the_job_up(server: Server, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_PAUSE", 0.2)
+    entry = listed("olmo")
+    server.faults.append(Fault(r"\.safetensors$", 429, headers={"Retry-After": "3"}))
+    began = time.monotonic()
+    with checkpoints.ahead(entry):
+        wait_for(lambda: any(answer.status == 429 for answer in server.log))
+    assert time.monotonic() - began < 2
+
+
+def test_a_download_that_goes_on_is_not_given_up(server: Server, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 500)
+    monkeypatch.setattr(hub, "ATTEMPTS", 2)
+    monkeypatch.setattr(hub, "FIRST_PAUSE", 0.0)
+    entry = listed("olmo")
+    largest = max(manifests.weights(entry), key=lambda name: entry["files"][name]["bytes"])
+    server.faults.append(Fault(largest, "reset", times=6, after=3_000))
+    with checkpoints.acquire(entry):
+        pass
+    assert len(server.asked(largest)) > 6
