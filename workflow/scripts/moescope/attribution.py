@@ -62,8 +62,10 @@ def attribute_with_report(
         scores = Scores(run.trace, run.prompts, uncertainty == "groups")
         _score(run, scores, plan, stages, progress)
         with stages("tables"):
+            memory.release_pages()
             frames = {"predictions": _predictions(run), **scores.frames()}
-            frames = {name: tables.check(frame, name) for name, frame in frames.items()}
+            for name in frames:  # one after the other, so that none stays beside its sorted copy
+                frames[name] = tables.check(frames[name], name)
         rate = {"flops_per_second_of_a_product": gemm_rate(run.decomposition.device)}
     scoring = stages.seconds["attention"] + stages.seconds["feed_forward"]
     certificate = scores.certificate.as_dict()

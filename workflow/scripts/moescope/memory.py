@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,8 +101,17 @@ def available() -> int:
 def keep_pages() -> None:
     """Let the process keep the memory it frees, up to a gigabyte: memory that is new to a process has to be cleared by
     the kernel first, which took a third of the time of scoring. Elsewhere than on the GNU C library, nothing."""
-    if sys.platform == "linux":
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-        if mallopt is not None:
-            mallopt(_MMAP_THRESHOLD, 64 * 2**20)
-            mallopt(_TRIM_THRESHOLD, KEPT)
+    if mallopt := _of_c_library("mallopt"):
+        mallopt(_MMAP_THRESHOLD, 64 * 2**20)
+        mallopt(_TRIM_THRESHOLD, KEPT)
+
+
+def release_pages() -> None:
+    """Give back the memory that was kept: what comes next has another allocator (tables are made by polars)."""
+    if malloc_trim := _of_c_library("malloc_trim"):
+        malloc_trim(0)
+
+
+def _of_c_library(name: str) -> Callable[..., int] | None:
+    """A function of the GNU C library, None where there is another."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
