@@ -89,7 +89,7 @@ def test_fingerprints_of_loaded_models_are_compared_too():
 
 
 def test_what_was_found_of_loaded_models_is_compared():
-    own = {"step": "5", "fingerprint": "a", "tokens": "t"}
+    own = {"step": "5", "fingerprint": "a", "prompts": "p", "tokens": "t"}
     others = [own, {**own, "step": "1", "fingerprint": "b"}]
     assert audit.require_apart(entry(5), own, others, False) == []
     others.append({**own, "step": "2"})
@@ -100,6 +100,8 @@ def test_what_was_found_of_loaded_models_is_compared():
         AuditError, match="the tokenizer of step 5 makes other tokens of the prompts than that of step 2"
     ):
         audit.require_apart(entry(5), {**own, "fingerprint": "c", "tokens": "u"}, [others[-1]], True)
+    asked_anew = {**own, "fingerprint": "c", "prompts": "q", "tokens": "u"}
+    assert audit.require_apart(entry(5), asked_anew, [others[-1]], True) == [], "other facts are other tokens"
 
 
 def test_a_tokenizer_that_moved_out_of_git_is_the_same():

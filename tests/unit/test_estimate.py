@@ -533,7 +533,7 @@ def test_a_slower_norm_is_mentioned():
 
 def test_errors_are_one_line():
     assert printed(series=[{"name": "x", "source": "hub", "repo": "no/catalog"}])[2] == (
-        "error: series[0] (x): no/catalog has no catalog; run: make catalog"
+        "error: series[0] (x): no/catalog has no catalog; run: make catalog ARGS=no/catalog"
     )
     listed({1: 1})
     assert printed("--bandwidth", "0")[2].startswith("error: --bandwidth: 0 MB/s")

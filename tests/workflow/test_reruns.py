@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+import polars as pl
 import pytest
 import yaml
 
@@ -156,6 +157,18 @@ def test_a_new_fact_is_trained_on_and_asked(copied: Path):
     write_facts(copied / "facts.csv", [*FACTS, ("colour", "plum", "purple", "The colour of a {} is", "things")])
     jobs = planned(copied)
     assert jobs.items() >= {"prompts": 1, "pretrain_moe": 1, "pretrain_dense": 1, "attribute_moe": 3}.items()
+
+
+def test_changed_facts_score_a_series_again(copied: Path):
+    """What was found of its other checkpoints with the former facts is no reason to refuse one."""
+    for step in (4, 12):
+        shutil.copytree(copied / f"results/moe/checkpoints/{step}", copied / f"runs/step{step}")
+    config = {**CONFIG, "series": [{"name": "mine", "source": "local", "path": "runs/step*"}], "studies": []}
+    succeeds(copied, "--cores", "2", "attribution", config=config)
+    before = pl.read_parquet(copied / "results/mine/12/predictions.parquet")
+    write_facts(copied / "facts.csv", [*FACTS, ("colour", "plum", "purple", "The colour of a {} is", "things")])
+    succeeds(copied, "--cores", "2", "attribution")
+    assert len(pl.read_parquet(copied / "results/mine/12/predictions.parquet")) == len(before) + 1
 
 
 @pytest.mark.parametrize(

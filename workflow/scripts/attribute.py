@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moescope import attribution, audit, checkpoints, loading, provenance, tables
+from moescope import attribution, audit, checkpoints, files, loading, provenance, tables
 from moescope.job import device, job, memory
 
 with job(snakemake):
@@ -17,7 +17,8 @@ with job(snakemake):
             "step": audit.step_name(entry),
             "key": checkpoints.key(entry),
             "fingerprint": loading.fingerprint(model),
-            "tokens": loading.token_digest(tokenizer, prompts["text"]),
+            "prompts": files.digest(prompts["text"].to_list()),
+            "tokens": files.digest(tokenizer(prompts["text"].to_list())["input_ids"]),
         }
         same = audit.require_apart(entry, own, checkpoints.findings(others), cfg.get("allow_duplicates", False))
         frames, found = attribution.attribute_with_report(

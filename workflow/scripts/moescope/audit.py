@@ -63,13 +63,14 @@ def duplicated(entries: Sequence[Mapping[str, Any]], prints: Sequence[Any], allo
 def require_apart(
     entry: Mapping[str, Any], own: Mapping[str, Any], others: Iterable[Mapping[str, Any]], allow_duplicates: bool
 ) -> list[str]:
-    """The steps of a series whose models turned out to be that of a checkpoint, however they are stored, when they were
-    loaded. ``own`` and ``others``: what was found of each (``step``, ``fingerprint``, ``tokens`` of the prompts).
+    """The steps of a series whose models turned out to be that of a checkpoint, however they are stored, when they
+    were loaded. ``own`` and ``others``: what was found of each (``step``, ``fingerprint``, ``prompts``, ``tokens``).
 
     Raises AuditError where there are any, unless that is allowed, and where the prompts became other tokens.
     """
     others = [other for other in others if other["step"] != own["step"]]
-    if strange := next((other["step"] for other in others if other["tokens"] != own["tokens"]), None):
+    asked_alike = [other for other in others if other["prompts"] == own["prompts"]]  # no former facts
+    if strange := next((other["step"] for other in asked_alike if other["tokens"] != own["tokens"]), None):
         raise AuditError(
             f"{entry['series']}: the tokenizer of step {own['step']} makes other tokens of the prompts than that of "
             f"step {strange}; one of them is another model, leave it out"

@@ -77,7 +77,7 @@ def path_of(repo: str, root: str | Path, suffix: str = ".tsv") -> Path:
     for path in (Path(FOLDER) / name, Path(root) / "resources" / "catalogs" / name):
         if path.is_file():
             return path
-    raise CatalogError(f"{repo} has no catalog; run: make catalog")
+    raise CatalogError(f"{repo} has no catalog; run: make catalog ARGS={repo}")
 
 
 def model(repo: str, root: str | Path) -> dict:

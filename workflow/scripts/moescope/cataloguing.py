@@ -53,9 +53,10 @@ def main(arguments: Iterable[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configfile", nargs="+", action="extend", default=[], type=Path)
     parser.add_argument("repo", nargs="*", help="repositories, beside those that the configuration names")
+    parser.add_argument("--directory", type=Path, default=Path(), help="of the run, as Snakemake takes it")
     options = parser.parse_args(arguments)
     try:
-        repos = [*options.repo, *repositories(config.read([config.DEFAULT, *options.configfile]))]
+        repos = [*options.repo, *repositories(config.read_in(options.directory, options.configfile))]
         if not repos:
             raise MoescopeError("there is no series of the hub in the configuration; name its file with --configfile")
         for repo in dict.fromkeys(repos):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import shutil
 import threading
@@ -122,7 +121,7 @@ def _require_reachable(entry: Entry) -> None:
 def key(entry: Entry) -> str:
     """The name of an entry of the store: by what it is made of, and whether of a download or of files on this disk."""
     sources = {"hub": entry["source"] == "hub"} | manifests.hashes(entry, sorted(entry["files"]))
-    return hashlib.sha256(json.dumps(sources, sort_keys=True).encode()).hexdigest()[:32]
+    return files.digest(sources)[:32]
 
 
 def _room(entry: Entry) -> int:

@@ -10,6 +10,7 @@ import copy
 import difflib
 import functools
 import math
+import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -73,6 +74,17 @@ def read(paths: Iterable[str | Path]) -> dict:
             raise ConfigError(f"{path}: the file must hold keys and values, beginning with series")
         _lay_over(merged, content)
     return merged
+
+
+def read_in(directory: str | Path, paths: Iterable[str | Path]) -> dict:
+    """The default configuration and those in these files over it; then go to the directory of the run, to which what
+    stands in them is relative."""
+    found = read([DEFAULT, *paths])
+    try:
+        os.chdir(directory)
+    except OSError as error:
+        raise ConfigError(f"{directory}: cannot be gone to ({error.strerror}); make the folder") from error
+    return found
 
 
 def _lay_over(below: dict, above: dict) -> None:

@@ -69,7 +69,9 @@ def _figure(name: str, heading: str, series: Sequence[Series], figures: Mapping[
         missing = [] if name in figures else [f"Not drawn: {OVER_ALL[name]}."]
         return Drawing(name, heading, {"all series": figures[name]} if name in figures else {}, missing)
     images = {one.name: one.figures[name] for one in series if name in one.figures}
-    return Drawing(name, heading, images, [f"{one.name}: {_lacks(name, one)}." for one in series if name not in images])
+    return Drawing(
+        name, heading, images, [f"{one.name}: {_lacks(name, one)}." for one in series if one.name not in images]
+    )
 
 
 def _lacks(figure: str, series: Series) -> str:

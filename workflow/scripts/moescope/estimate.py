@@ -405,11 +405,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configfile", nargs="+", action="extend", default=[], type=Path, help="laid over config.yaml")
     parser.add_argument("--bandwidth", type=float, default=100.0, metavar="MB/S", help="of downloads (default: 100)")
+    parser.add_argument("--directory", type=Path, default=Path(), help="of the run, as Snakemake takes it")
     options = parser.parse_args(arguments)
     try:
         if not options.bandwidth > 0:
             raise MoescopeError(f"--bandwidth: {options.bandwidth:g} MB/s downloads nothing; write a number above 0")
-        asked = plan.read(config.read([config.DEFAULT, *options.configfile]), ROOT)
+        asked = plan.read(config.read_in(options.directory, options.configfile), ROOT)
         machine = Machine.measured(1e6 * options.bandwidth)
         found = estimate(asked, machine)
         print(report(found, machine, asked.config["attribution"]["norm"]))

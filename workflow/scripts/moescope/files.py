@@ -50,6 +50,11 @@ def sha256(path: str | os.PathLike) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digest(data: object) -> str:
+    """Hexadecimal SHA-256 of ``data`` as JSON."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
 def require_inside(name: object, where: str) -> str:
     """A file name that stays in its folder; UnsafeNameError for any other. ``where`` it came from."""
     if not isinstance(name, str) or name != posixpath.normpath(name) or re.match(r"/|\.\.?(/|$)", name) or "\0" in name:

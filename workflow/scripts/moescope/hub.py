@@ -275,7 +275,7 @@ def _told(error: Exception) -> str:
     from huggingface_hub import errors
 
     known = {
-        errors.OfflineModeIsEnabled: "is not on this disk, and the hub is switched off; unset HF_HUB_OFFLINE",
+        errors.OfflineModeIsEnabled: "is not known on this disk, and the hub is switched off; unset HF_HUB_OFFLINE",
         errors.GatedRepoError: "needs permission; accept its terms on the hub, then log in (hf auth login, HF_TOKEN)",
         errors.RevisionNotFoundError: "has no such revision; list what there is with make catalog",
         errors.RemoteEntryNotFoundError: "is listed but not there; the repository is damaged, leave the step out",

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +92,6 @@ def _require_complete(place: Path, model: Any, info: Mapping[str, Any]) -> None:
     for problem, what in {"missing_keys": "is missing", "mismatched_keys": "has the wrong shape"}.items():
         if keys := sorted(key if isinstance(key, str) else key[0] for key in info.get(problem, ())):
             raise CheckpointError(f"{place}: {keys[0]} {what}; {_CURE}")
-
-
-def token_digest(tokenizer: Any, texts: Sequence[str]) -> str:
-    """A hash of the tokens that texts become: what shows whether two tokenizers are the same where it matters."""
-    return hashlib.sha256(json.dumps(tokenizer(list(texts))["input_ids"]).encode()).hexdigest()
 
 
 def fingerprint(model: Any) -> str:
