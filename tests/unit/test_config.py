@@ -190,7 +190,7 @@ def test_the_raw_configuration_stays_as_it_is():
             {"series": [LOCAL, {**LOCAL, "name": "x"}], "dynamics": {"pairs": [{"moe": "mine", "dense": "x"}] * 2}},
             ["dynamics.pairs[1].dense", "'x' stands in an earlier pair"],
         ),
-        ({**one(LOCAL), "relations": "lre"}, ["relations", "object expected"]),
+        ({**one(LOCAL), "relations": "lre"}, ["relations", "keys and values ({key: value}) expected"]),
         ({**one(LOCAL), "relations": {"names": "colour"}}, ["relations.names", "a list of relation names"]),
         (
             {**one(LOCAL), "attribution": {"target": "subject"}},

@@ -31,6 +31,10 @@ RESERVED = (
 )
 
 
+#: What the types of a JSON schema are called in YAML.
+_KINDS = {"array": "a list ([a, b])", "object": "keys and values ({key: value})", "string": "text", "null": "null"}
+
+
 class ConfigError(MoescopeError):
     """The configuration asks for something that does not exist or cannot be."""
 
@@ -177,7 +181,8 @@ def _line(error: jsonschema.ValidationError) -> str | None:
         case "anyOf":
             return f"{path}: {value!r} cannot stand here; write {_or([b['title'] for b in error.validator_value])}"
         case "type":
-            return f"{path or 'config'}: {_or(_list(error.validator_value))} expected, not {value!r}{_as_number(value)}"
+            wanted = _or([_KINDS.get(kind, kind) for kind in _list(error.validator_value)])
+            return f"{path or 'config'}: {wanted} expected, not {value!r}{_as_number(value)}"
         case "const" | "if":
             return None
     if "x-cure" in part:
