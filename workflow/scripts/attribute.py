@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from moescope import attribution, audit, checkpoints, files, loading, provenance, tables
+from moescope import attribution, audit, checkpoints, provenance, tables
 from moescope.job import device, job, memory
 
 with job(snakemake):
@@ -13,13 +13,7 @@ with job(snakemake):
     opened = checkpoints.opened(entry, cfg["dtype"], device(snakemake))
     ahead = checkpoints.ahead(checkpoints.following(entry, others, "predictions.parquet"))
     with opened as (model, tokenizer), ahead:
-        own = {
-            "step": audit.step_name(entry),
-            "key": checkpoints.key(entry),
-            "fingerprint": loading.fingerprint(model),
-            "prompts": files.digest(prompts["text"].to_list()),
-            "tokens": files.digest(tokenizer(prompts["text"].to_list())["input_ids"]),
-        }
+        own = checkpoints.finding(entry, model, tokenizer, prompts["text"].to_list())
         same = audit.require_apart(entry, own, checkpoints.findings(others), cfg.get("allow_duplicates", False))
         frames, found = attribution.attribute_with_report(
             model,

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moescope import files, fused, hub, loading, manifests, store
+from moescope import audit, files, fused, hub, loading, manifests, store
 from moescope.layout import CheckpointError
 from moescope.loading import load
 
@@ -93,8 +93,20 @@ def selected(series: Path) -> dict[Path, Entry]:
     return {path.parent: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
+def finding(entry: Entry, model: Any, tokenizer: Any, texts: list[str]) -> dict:
+    """What tells a loaded checkpoint from others: its step and files, its weights however they are stored, the prompts
+    and the tokens that its tokenizer makes of them."""
+    return {
+        "step": audit.step_name(entry),
+        "key": key(entry),
+        "fingerprint": loading.fingerprint(model),
+        "prompts": files.digest(texts),
+        "tokens": files.digest(tokenizer(texts)["input_ids"]),
+    }
+
+
 def findings(others: Mapping[Path, Entry]) -> list[dict]:
-    """What was found of these checkpoints (``selected``) when they were scored, as far as they are the same still."""
+    """The ``finding`` of each of these checkpoints (``selected``) that was scored, and is the same still."""
     paths = {folder: folder / "provenance" / "attribute.json" for folder in others}
     read = {f: json.loads(path.read_text(encoding="utf-8")) for f, path in paths.items() if path.exists()}
     found = {folder: one["checkpoint"] for folder, one in read.items() if "checkpoint" in one}
