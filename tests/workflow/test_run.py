@@ -45,7 +45,8 @@ def test_every_promised_file_is_there(finished: Finished):
         for step in [0, 4, 8, 12] if series == "moe" else [0, 12]:
             expected |= {f"{series}/checkpoints/{step}/{name}" for name in saved}
         expected |= {
-            f"{series}/{name}" for name in ("exposure.parquet", "training.parquet", "provenance/pretrain.json")
+            f"{series}/{name}"
+            for name in ("audit.json", "exposure.parquet", "training.parquet", "provenance/pretrain.json")
         }
         summaries = {"accuracy", "layer_importance"} | ({"top_experts"} if series == "moe" else set())
         for name in summaries:
