@@ -135,11 +135,11 @@ def pretrain_cfg(series):
 def manifest_cfg(wildcards):
     """What the listing of a checkpoint is told."""
     series = PLAN.series[wildcards.series]
-    told = ("source", "repo", "gguf_file", "allow_pickle")
+    told = ("source", "gguf_file", "allow_pickle")
     cfg = {key: series.entry[key] for key in told if series.entry.get(key)}
     if series.on_hub:
         found = series.revisions[step_of(wildcards)]
-        cfg |= {"revision": found.revision, "tokens": found.tokens}
+        cfg |= {"repo": series.entry["repo"], "revision": found.revision, "tokens": found.tokens}
     return cfg
 
 

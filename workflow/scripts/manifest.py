@@ -14,6 +14,5 @@ with job(snakemake):
         del cfg["source"]
         manifest = manifests.on_hub(wildcards.series, step, **cfg)
     else:
-        cfg.pop("repo", None)
         manifest = manifests.on_disk(wildcards.series, step, Path(snakemake.input.checkpoint[0]).parent, **cfg)
     files.write_json(manifest, snakemake.output[0])

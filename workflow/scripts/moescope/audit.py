@@ -12,6 +12,7 @@ from typing import Any
 
 from moescope import layout, manifests
 from moescope.errors import MoescopeError
+from moescope.steps import step_name
 
 
 class AuditError(MoescopeError):
@@ -41,7 +42,7 @@ def audit(
     duplicates = duplicated(entries, [_weights(entry) for entry in entries], allow_duplicates)
     return {
         "series": entries[0]["series"],
-        "steps": [step_name(entry) for entry in entries],
+        "steps": [step_name(entry["step"]) for entry in entries],
         "duplicates": duplicates,
         "gaps": [list(pair) for pair in gaps],
         "remarks": list(remarks),
@@ -53,7 +54,7 @@ def duplicated(entries: Sequence[Mapping[str, Any]], prints: Sequence[Any], allo
     order of the manifests. Raises AuditError where there are any, unless that is allowed."""
     groups: dict[str, list[str]] = {}
     for entry, found in zip(entries, prints, strict=True):
-        groups.setdefault(repr(found), []).append(step_name(entry))
+        groups.setdefault(repr(found), []).append(step_name(entry["step"]))
     several = [steps for steps in groups.values() if len(steps) > 1]
     if several and not allow_duplicates:
         raise AuditError(_told(entries[0]["series"], several[0]))
@@ -93,15 +94,10 @@ def _weights(entry: Mapping[str, Any]) -> list[str]:
     return sorted(manifests.hashes(entry, manifests.weights(entry)).values())
 
 
-def step_name(entry: Mapping[str, Any]) -> str:
-    """The step of a manifest, as the folder of its results is called."""
-    return "main" if entry["step"] is None else str(entry["step"])
-
-
 def _require_unmoved(entry: Mapping[str, Any], commits: Mapping[str, str]) -> None:
     now = commits.get(entry["revision"])
     if now and entry["commit"] and now != entry["commit"]:
-        place = f"results/{entry['series']}/{step_name(entry)}"
+        place = f"results/{entry['series']}/{step_name(entry['step'])}"
         raise AuditError(
             f"{entry['series']}: {entry['revision']} was commit {entry['commit'][:12]} when it was listed and is "
             f"{now[:12]} in the catalog; run make catalog, and if they still differ delete {place} to score it anew"
@@ -113,7 +109,8 @@ def _require_same(entries: Iterable[Mapping[str, Any]], what: str, of: Any) -> N
     for entry in entries:
         first = first or entry
         if of(entry) != of(first):
+            mine, other = step_name(entry["step"]), step_name(first["step"])
             raise AuditError(
-                f"{entry['series']}: the {what} of step {step_name(entry)} is not that of step {step_name(first)}; "
-                "one of them is another model, leave it out"
+                f"{entry['series']}: the {what} of step {mine} is not that of step {other}; one of them is another "
+                "model, leave it out"
             )

@@ -10,9 +10,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from moescope import audit, files, fused, hub, loading, manifests, store
+from moescope import files, fused, hub, loading, manifests, store
 from moescope.layout import CheckpointError
 from moescope.loading import load
+from moescope.steps import step_name
 
 __all__ = ["CheckpointError", "acquire", "ahead", "load", "opened"]
 
@@ -97,7 +98,7 @@ def finding(entry: Entry, model: Any, tokenizer: Any, texts: list[str]) -> dict:
     """What tells a loaded checkpoint from others: its step and files, its weights however they are stored, the prompts
     and the tokens that its tokenizer makes of them."""
     return {
-        "step": audit.step_name(entry),
+        "step": step_name(entry["step"]),
         "key": key(entry),
         "fingerprint": loading.fingerprint(model),
         "prompts": files.digest(texts),

@@ -20,9 +20,10 @@ from scipy.stats import rankdata
 
 from moescope import tables
 from moescope.errors import MoescopeError
-from moescope.sample import Checkpoint, Prompts, step_name
+from moescope.sample import Checkpoint, Prompts
 from moescope.selection import RANKINGS, SIZES, size_of
 from moescope.statistics import LEVEL, hits, percentiles, reciprocal_ranks
+from moescope.steps import step_name
 
 #: The first two are relative drops, the last a difference in nats.
 METRICS = ("hit@10", "mrr", "log_prob")

@@ -11,6 +11,7 @@ import polars as pl
 from moescope import tables
 from moescope.errors import MoescopeError
 from moescope.statistics import SubjectBootstrap
+from moescope.steps import step_name
 
 
 class SampleError(MoescopeError):
@@ -73,8 +74,3 @@ class Prompts:
             yield "category", category, [s for s in sorted(strata) if self.category[self.relations[s]] == category]
         for stratum in sorted(strata):
             yield "relation", self.relations[stratum], [stratum]
-
-
-def step_name(step: int | None) -> str:
-    """How a step is called: its number, or ``main``."""
-    return "main" if step is None else str(step)

@@ -24,6 +24,11 @@ def step_of(name: str) -> int:
     return int(match[1]) if match else 0
 
 
+def step_name(step: int | None) -> str:
+    """How a step is called: its number, or ``main``."""
+    return "main" if step is None else str(step)
+
+
 def select(series: str, available: Iterable[int], chosen: Any = "all", paper: Sequence[int] = ()) -> list[int]:
     """The steps of a series that a ``steps`` entry of the configuration asks for, ascending.
 
