@@ -136,18 +136,18 @@ def test_two_jobs_that_want_one_copy_at_once(tmp_path, place, monkeypatch):
     """One makes it, the other waits for it."""
     entry, made, write = saved(tmp_path / "it"), [], fused._write
     monkeypatch.setattr(fused, "_write", lambda part, *rest: made.append(part) or write(part, *rest))
-    both, alone, needed = threading.Barrier(2, timeout=60), threading.Lock(), fused.needed
+    both, alone, targets = threading.Barrier(2, timeout=60), threading.Lock(), fused._targets
 
     def one_after_the_other(*arguments):
-        with alone:  # transformers patches itself while it builds a model: no two threads at once
-            return needed(*arguments)
+        with alone:  # transformers sets the default dtype while it builds a model: no two threads at once
+            return targets(*arguments)
 
     def job(_):
         both.wait()
         with checkpoints.acquire(entry) as directory:
             return directory
 
-    monkeypatch.setattr(fused, "needed", one_after_the_other)
+    monkeypatch.setattr(fused, "_targets", one_after_the_other)
     with ThreadPoolExecutor(2) as jobs:
         one, other = jobs.map(job, range(2))
     assert len(made) == 1
