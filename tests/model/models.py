@@ -3,64 +3,21 @@
 import functools
 
 import polars as pl
-import torch
-import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-SHAPE = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-MOE = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
-#: Families by name, with what makes each of them differ.
-FAMILIES = {
-    "llama": {},
-    "llama_tied": {"_type": "llama", "tie_word_embeddings": True},
-    "olmo": {"num_key_value_heads": 4, "clip_qkv": 2.0},
-    "olmoe": {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
-    "olmoe_normed": {
-        "_type": "olmoe",
-        "intermediate_size": 24,
-        "num_experts": 6,
-        "num_experts_per_tok": 2,
-        "norm_topk_prob": True,
-    },
-    "olmo2": {},
-    "flex_olmo": {"intermediate_size": 24, "num_experts": 6, "num_experts_per_tok": 2},
-    "gemma2": {
-        "head_dim": 8,
-        "final_logit_softcapping": 4.0,
-        "attn_logit_softcapping": 20.0,
-        "query_pre_attn_scalar": 8,
-    },
-    "granite": {"residual_multiplier": 0.3, "logits_scaling": 2.5, "embedding_multiplier": 3.0},
-    "cohere": {"logit_scale": 0.25},
-    "qwen2_moe": {**MOE, "shared_expert_intermediate_size": 32, "mlp_only_layers": [1]},
-}
+from tests.model.zoo import build
+
+__all__ = ["build", "prompts", "tokenizer"]
+
+#: Families that are tested in depth: what makes each of them differ is said in ``zoo``.
+FAMILIES = [
+    *("llama", "llama_tied", "olmo", "olmoe", "olmoe_normed", "olmo2", "flex_olmo", "gemma2", "granite", "cohere"),
+    "qwen2_moe",
+]
 #: Families that differ in how layers are put together or read: parallel branches with biases, a head with a bias, norms
 #: on both sides of a branch, experts behind a multiplier, a factor of the logits under a third name.
-LAYOUTS = {
-    "gpt_neox": {},
-    "phi": {},
-    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 8, "final_logit_softcapping": 3.0},
-    "glm4": {"head_dim": 8},
-    "granitemoe": {
-        "intermediate_size": 24,
-        "num_local_experts": 6,
-        "num_experts_per_tok": 2,
-        "residual_multiplier": 0.3,
-        "logits_scaling": 2.5,
-    },
-    "hyperclovax": {"residual_multiplier": 0.4, "logits_scaling": 0.6},
-}
+LAYOUTS = ["gpt_neox", "phi", "gemma3_text", "glm4", "granitemoe", "hyperclovax"]
 FACTS = [
     ("capital", "France", "Paris"),
     ("capital", "the United Mexican States", "Mexico City"),
@@ -73,22 +30,6 @@ FACTS = [
     ("language", "Switzerland", "Italian"),
 ]
 TEMPLATES = {"capital": "The capital of {} is", "language": "In {} they speak"}
-
-
-def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **over: object) -> torch.nn.Module:
-    """A model of a family with random weights, large enough that every part matters."""
-    shape = {"vocab_size": len(tokenizer()), **SHAPE, **{**FAMILIES, **LAYOUTS}.get(name, {}), **over}
-    config = transformers.AutoConfig.for_model(shape.pop("_type", name), **shape)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() == 1:  # norm weights around their own centre
-                parameter.add_(0.2 * noise)
-            else:
-                parameter.copy_(0.25 * noise)
-    return model.to(dtype).eval()
 
 
 @functools.cache

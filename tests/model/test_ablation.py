@@ -7,7 +7,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from moescope import ablation, attribution, clean, precision, selection, tables, targets
+from moescope import ablation, attribution, clean, precision, replay, selection, tables, targets
 from moescope.decomposition import decoder_of
 from tests.model import models
 
@@ -185,5 +185,5 @@ def test_a_feed_forward_part_that_looks_elsewhere_is_noticed():
     mlp = model.model.layers[-1].mlp
     mlp.forward = lambda x, forward=mlp.forward: forward(x + x.cumsum(1))
     frames = attribution.attribute(model, models.tokenizer(), prompts())
-    with pytest.raises(ablation.AblationError, match="taken up in the middle misses the whole one by"):
+    with pytest.raises(replay.ReplayError, match="taken up in the middle misses the whole one by"):
         ablation.ablate(model, models.tokenizer(), prompts(), frames)

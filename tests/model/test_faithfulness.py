@@ -11,6 +11,8 @@ from moescope import attribution, clean, faithfulness, precision, replay, target
 from moescope.decomposition import decoder_of
 from tests.model import models
 
+#: Norms behind branches and multipliers of them too, and recurrent layers.
+FAMILIES = ["llama", "olmo", "olmoe", "qwen2_moe", "olmo2", "flex_olmo", "granitemoe", "lfm2_moe", "qwen3_next"]
 IDS = ["layer", "kind", "expert", "neuron"]
 
 
@@ -21,7 +23,7 @@ def measured(model, prompts, neurons, frames=None, seed=0):
         return frames, faithfulness.faithfulness(run, frames, neurons, seed)
 
 
-@pytest.fixture(scope="module", params=["llama", "olmo", "olmoe", "qwen2_moe"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def case(request):
     model = models.build(request.param)
     frames, found = measured(model, models.prompts(), 40)
@@ -30,13 +32,19 @@ def case(request):
 
 def broken_part(model, row):
     """A copy of a feed-forward part without one neuron."""
-    part = copy.deepcopy(decoder_of(model).layers[row["layer"]].mlp)
+    part = copy.deepcopy(feed_forward(model, row["layer"]))
     with torch.no_grad():
         if row["kind"] == "routed":
             part.experts.down_proj[row["expert"], :, row["neuron"]] = 0
         else:
-            (part.shared_expert if row["kind"] == "shared" else part).down_proj.weight[:, row["neuron"]] = 0
+            mlp = part.shared_expert if row["kind"] == "shared" else part
+            (mlp.w2 if hasattr(mlp, "w2") else mlp.down_proj).weight[:, row["neuron"]] = 0
     return part
+
+
+def feed_forward(model, layer):
+    names = ("mlp", "block_sparse_moe", "feed_forward")
+    return next(part for name, part in decoder_of(model).layers[layer].named_children() if name in names)
 
 
 def log_prob(model, target, row=None, share=1.0):
@@ -50,7 +58,7 @@ def log_prob(model, target, row=None, share=1.0):
             out[:, -1] += share * (part(args[0])[:, -1] - out[:, -1])
             return out
 
-        hooks.append(decoder_of(model).layers[row["layer"]].mlp.register_forward_hook(lessen))
+        hooks.append(feed_forward(model, row["layer"]).register_forward_hook(lessen))
     logits = model(torch.tensor([target.tokens])).logits[0, -1]
     for hook in hooks:
         hook.remove()

@@ -16,7 +16,7 @@ HEAVY = ("torch", "transformers", "polars", "numpy", "matplotlib")
 WITH_TORCH = {
     *("attribution", "decomposition", "lpi", "precision", "readout", "scores", "clean"),
     *("interventions", "replay", "ablation", "faithfulness", "masking"),
-    *("unembedding", "moments", "memory", "timing", "scratch", "local_norm", "norms"),
+    *("unembedding", "moments", "memory", "timing", "scratch", "local_norm", "norms", "patching", "routing"),
 }
 MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")
 
@@ -53,8 +53,8 @@ def test_names_come_through_the_package():
 ORDER = """
     errors files tables relations targets statistics digest job provenance resume config facts
     steps layout catalog hub cataloguing manifests audit store fused loading checkpoints
-    scratch norms decomposition precision timing unembedding moments lpi local_norm readout clean memory
-    scores attribution masking pretraining
+    scratch norms patching decomposition routing precision timing unembedding moments lpi local_norm readout clean
+    memory models scores attribution masking pretraining
     neuron_sets selection interventions replay ablation faithfulness
     sample overview dynamics prompt_dynamics layer_dynamics robustness sparsity published
     drawing plots dynamics_plots ablation_plots comparison_plots report dynamics_report plan costs estimate

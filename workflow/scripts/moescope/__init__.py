@@ -9,7 +9,7 @@ import importlib
 
 __version__ = "0.1.0"
 
-_FUNCTIONS = {"load": "checkpoints", "attribute": "attribution", "ablate": "ablation"}
+_FUNCTIONS = {"load": "models", "attribute": "attribution", "ablate": "ablation"}
 
 
 def __getattr__(name: str):

@@ -81,41 +81,37 @@ def ffn_scores(layer: int, run: CleanRun, certificate: lpi.Certificate) -> Tenso
     sites = run.decomposition.at(layer, "dense")
     if not sites:
         raise DecompositionError(f"layer {layer} has no dense feed-forward part; name a dense model")
-    record, everyone = run.trace.layers[layer], slice(None)
-    bases = {site.branch: run.readout.base(record.bases[site.branch]) for site in sites}
-    found = (_score_site(site, record, everyone, bases[site.branch], run, certificate) for site in sites)
-    return torch.cat([neurons for neurons, _ in found], 1)
+    base = run.readout.base(run.trace.base(layer, "ffn"))
+    return _score_site(sites[0], run.trace.layers[layer], slice(None), base, run, certificate)[0]
 
 
 def _score(run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, progress: bool) -> None:
-    """One pass over the layers: the distribution that a branch reads, and from it the scores of all that it writes."""
+    """One pass over the layers: the distribution that attention or the feed-forward part reads, and from it the scores
+    of all that it writes."""
     trace = run.trace
-    branches = [
-        (i, b) for i in range(len(trace.layers)) for b in dict.fromkeys(s.branch for s in run.decomposition.at(i))
-    ]
+    halves = [(i, component) for i in range(len(trace.layers)) for component in run.decomposition.components(i)]
     total = sum(s.neurons * max(1, s.experts) for s in run.decomposition.sites)
     with tqdm(total=total, desc="scoring", unit="neuron", unit_scale=True, disable=not progress) as bar:
-        before = [_score_branch(*branch, run, scores, plan, stages, bar) for branch in branches]
-    read = [trace.layers[layer].bases[branch] for layer, branch in branches]
-    for i, (layer, branch) in enumerate(branches):
-        residual = _residual_after(trace, layer, branch)
-        with stages("distributions"):  # what one branch leaves is, as a rule, what the next one reads
+        before = [_score_component(*half, run, scores, plan, stages, bar) for half in halves]
+    read = [trace.base(*half) for half in halves]
+    for i, half in enumerate(halves):
+        residual = _residual_after(trace, *half)
+        with stages("distributions"):  # what one half leaves is, as a rule, what the next one reads
             known = i + 1 < len(read) and torch.equal(residual, read[i + 1])
             after = before[i + 1] if known else run.readout.log_prob(residual)
-        attends = any(s.branch == branch for s in run.decomposition.at(layer, "attn"))
-        scores.components.append((layer, "attn" if attends else "ffn", after - before[i]))
+        scores.components.append((*half, after - before[i]))
 
 
-def _score_branch(
-    layer: int, branch: str, run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, bar: tqdm
+def _score_component(
+    layer: int, component: str, run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, bar: tqdm
 ) -> Tensor:
-    """Score the sites of a branch; what it reads gives the target log p(target) [P], which is returned."""
+    """Score the sites of half a layer; what it reads gives the target log p(target) [P], which is returned."""
     record, of_target = run.trace.layers[layer], []
-    sites = [s for s in run.decomposition.at(layer) if s.branch == branch]
+    sites = run.decomposition.components(layer)[component]
     found: dict[str, list[tuple[Tensor, Tensor | None]]] = {site.name: [] for site in sites}
     for rows in torch.arange(len(run.prompts), device=run.trace.final.device).split(plan.prompts):
         with stages("distributions"):
-            base = run.readout.base(record.bases[branch], rows)
+            base = run.readout.base(run.trace.base(layer, component), rows)
         of_target.append(base.of_target)
         for site in sites:
             with stages("attention" if site.kind == "attn" else "feed_forward"):
@@ -143,7 +139,7 @@ def _score_site(
 ) -> tuple[Tensor, Tensor | None]:
     """LPI of the neurons of a site for some prompts, [p, n] or (experts) [p, K, I], and of its heads [p, heads]."""
     readout, coefficients = run.readout, record.coefficients[site.name][rows]
-    if site.kind == "attn":
+    if site.heads:
         return readout.of_heads(base, lpi.Neurons(site.mapped_values(), coefficients), site.heads, certificate)
     if site.kind != "routed":
         return readout.of_neurons(base, [lpi.Neurons(site.mapped_values(), coefficients)], certificate)[0], None
@@ -155,12 +151,12 @@ def _score_site(
     return scores, None
 
 
-def _residual_after(trace: Trace, layer: int, branch: str) -> Tensor:
-    """The base residual of a branch with all that it writes. In a sequential layer that is a residual which was there:
-    what the next branch reads, or what the layer leaves."""
-    record = trace.layers[layer]
-    rebuilt = record.bases[branch] + trace.branch_write(layer, branch)
-    near = 1e-5 * (rebuilt - record.bases[branch]).abs().max()
+def _residual_after(trace: Trace, layer: int, component: str) -> Tensor:
+    """The base residual of half a layer with all that it writes. In a sequential layer that is a residual which was
+    there: what the other half reads, or what the layer leaves."""
+    record, base = trace.layers[layer], trace.base(layer, component)
+    rebuilt = base + trace.component_write(layer, component)
+    near = 1e-5 * (rebuilt - base).abs().max()
     real = [*record.bases.values(), record.residual_out]
     return next((r for r in real if (r - rebuilt).abs().max() <= near), rebuilt)
 

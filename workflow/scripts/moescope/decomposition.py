@@ -10,13 +10,16 @@ Where a norm stands behind a branch (OLMo-2, Gemma-2), what the branch puts out,
 gain goes into the values, 1 / rms(y), as it was measured, into the coefficients. So does a multiplier of the residual
 (Granite). Such a contribution is exact as a share of what was written; taking a neuron away would change rms(y) too.
 
-Modules are found by shape and name suffix, the residual a branch reads by tensor identity during the forward pass, and
-``Trace.error`` compares the sum with what the layer really wrote, so a model that does not fit is refused, not guessed.
+There is no table of families. Modules are found by shape and name suffix, the residual a branch reads by tensor
+identity during the forward pass, and ``Trace.error`` compares the sum with what the layer really wrote, so a model that
+does not fit is refused with the figure, not guessed.
 """
 
 from __future__ import annotations
 
+import inspect
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -27,9 +30,17 @@ from moescope import scratch
 from moescope.errors import MoescopeError
 from moescope.norms import Norm
 
-#: Names of the matrices that write to the stream, over all families of transformers.
-WRITERS = {"o_proj", "out_proj", "dense", "c_proj", "wo", "down_proj", "dense_4h_to_h", "fc2", "w2", "output_linear"}
+#: Names of the matrices that write to the stream, over all families of transformers: of feed-forward parts alone, and
+#: those that attention has too.
+FEED_FORWARD = {"down_proj", "dense_4h_to_h", "fc_out", "fc2", "w2", "output_linear"}
+WRITERS = {"o_proj", "out_proj", "dense", "c_proj", "wo"} | FEED_FORWARD
 MIXER = re.compile(r"attn|attention|mamba|conv|mixer", re.IGNORECASE)
+#: What a router makes of its logits before it chooses: the first of these whose shares are the weights that it gives.
+SCORINGS = {
+    "softmax": lambda logits: logits.softmax(-1),
+    "sigmoid": torch.sigmoid,
+    "none": lambda probabilities: probabilities,
+}
 #: Largest error of a layer's rebuilt update relative to the update itself (max norm, float32).
 TOLERANCE = 1e-5
 
@@ -50,6 +61,11 @@ def layers_of(model: nn.Module) -> nn.ModuleList:
     return next((c for c in decoder_of(model).children() if isinstance(c, nn.ModuleList)), nn.ModuleList())
 
 
+def multiplier_of(layer: nn.Module) -> float:
+    """What a layer multiplies the output of both branches with before it adds them to the stream (Granite)."""
+    return float(getattr(layer, "residual_multiplier", 1.0))
+
+
 def _is_experts(module: nn.Module) -> bool:
     """A fused experts module of transformers 5 (its decorator sets ``is_transposed``)."""
     weight = getattr(module, "down_proj", None)
@@ -65,24 +81,30 @@ class Site:
     """One matrix that writes to the residual stream.
 
     ``kind`` is attn, dense, shared or routed; ``branch`` the child of the layer it lives in; ``gate`` a module whose
-    sigmoid scales the whole site (Qwen's shared expert); ``heads`` the number of heads of an attention site.
+    sigmoid scales the whole site (Qwen's shared expert); ``heads`` the number of heads of an attention site (0: what
+    mixes tokens there has none); ``router`` the module that chooses between routed experts.
     """
 
     layer: int
     kind: str
     name: str
     module: nn.Module
-    block: nn.Module
     gate: nn.Module | None = None
     heads: int = 0
-    #: gain [hidden] of a norm behind the branch, as found in a forward pass; None where there is none
-    gain: Tensor | None = None
+    router: nn.Module | None = None
+    #: the norm behind the branch, as found in a forward pass; None where there is none
+    norm: Norm | None = None
     #: where values are handed out: that of the unembedding, where a model is spread over several GPUs
     device: torch.device | None = None
 
     @property
     def branch(self) -> str:
         return self.name.split(".")[0]
+
+    @property
+    def component(self) -> str:
+        """The half of the layer that it belongs to: attn (whatever mixes tokens) or ffn."""
+        return "attn" if self.kind == "attn" else "ffn"
 
     @property
     def experts(self) -> int:
@@ -119,7 +141,7 @@ class Site:
 
     def _scaled(self, written: Tensor) -> Tensor:
         written = written.to(self.device)
-        return written if self.gain is None else written.float() * self.gain.to(self.device)
+        return written if self.norm is None else written.float() * self.norm.gain.to(self.device)
 
 
 @dataclass
@@ -128,9 +150,11 @@ class LayerTrace:
 
     ``residual_in``, ``residual_out`` [P, hidden]; ``bases`` the residual each branch reads, [P, hidden];
     ``coefficients`` [P, n] per site, [P, K, I] for routed experts; ``index`` and ``weight`` [P, K] the routed experts
-    in ascending order and the weights really used; ``probability`` [P, E] the router's, before the choice of the top
-    k; ``gates`` [P, 1] of gated sites; ``factors`` [P, 1] what the output of a branch is multiplied with, the same for
-    all its neurons (1 in most models).
+    in ascending order and the weights really used; ``router`` [P, E] what the router says of all experts, its logits as
+    a rule, and ``probability`` [P, E] what it makes of them before the choice (without the bias that corrects it; None
+    where its weights are no shares of one); ``gates`` [P, 1] of gated sites; ``factors`` [P, 1] what the output of a
+    branch is multiplied with, the same for all its neurons (1 in most models); ``outputs`` [P, hidden] what branches
+    give to a norm behind them.
     """
 
     residual_in: Tensor | None = None
@@ -139,8 +163,10 @@ class LayerTrace:
     coefficients: dict[str, Tensor] = field(default_factory=dict)
     gates: dict[str, Tensor] = field(default_factory=dict)
     factors: dict[str, Tensor] = field(default_factory=dict)
+    outputs: dict[str, Tensor] = field(default_factory=dict)
     index: Tensor | None = None
     weight: Tensor | None = None
+    router: Tensor | None = None
     probability: Tensor | None = None
 
     def scatter(self, rows: Tensor, total: int, part: LayerTrace) -> None:
@@ -178,41 +204,35 @@ def routed_coefficients(experts: nn.Module, hidden: Tensor, index: Tensor, weigh
 class Decomposition:
     """The sites of a loaded model and a forward pass that records what they did.
 
-    Raises DecompositionError where no site is found, or where weights are offloaded (they could not be read).
+    Raises DecompositionError where no site is found, or where weights cannot be read: offloaded, or packed by a
+    quantisation.
     """
 
     def __init__(self, model: nn.Module):
         self.model = model
-        config = model.config.get_text_config()
         self.layers = layers_of(model)
+        config = model.config.get_text_config()
         self.sites = [site for i, layer in enumerate(self.layers) for site in _sites(i, layer, config)]
+        _require_readable(type(model).__name__, model, self.sites)
         self.norm = _final_norm(model)
         self.head = model.get_output_embeddings()
+        #: how many values a layer returns, by layer, where it returned a tuple when it ran
+        self.returns: dict[int, int] = {}
         for site in self.sites:
             site.device = self.device
-        name = type(model).__name__
-        if not self.sites:
-            raise DecompositionError(f"{name}: no matrix that writes to the residual stream was found; not supported")
-        if any(p.is_meta for p in model.parameters()):
-            raise DecompositionError(f"{name}: weights are offloaded; load the model without CPU or disk offload")
 
     @property
     def device(self) -> torch.device:
         return self.head.weight.device
 
-    def require_plain(self, what: str) -> None:
-        """Raises DecompositionError where branches are scaled before they are added to the stream: ``what`` (a study)
-        takes a neuron's contribution for what is added."""
-        scaled = any(getattr(layer, "residual_multiplier", 1.0) != 1.0 for layer in self.layers)
-        if scaled or any(site.gain is not None for site in self.sites):
-            raise DecompositionError(
-                f"{type(self.model).__name__}: a norm or a multiplier stands behind its branches, which {what} does "
-                "not support; leave the series out (studies)"
-            )
-
     def at(self, layer: int, *kinds: str) -> list[Site]:
         """The sites of one layer, of some kinds or of all."""
         return [s for s in self.sites if s.layer == layer and (not kinds or s.kind in kinds)]
+
+    def components(self, layer: int) -> dict[str, list[Site]]:
+        """The sites of a layer by component: attn and ffn, or the one of them that it has."""
+        by_component = {name: [s for s in self.at(layer) if s.component == name] for name in ("attn", "ffn")}
+        return {name: sites for name, sites in by_component.items() if sites}
 
     @torch.no_grad()
     def trace(self, batches: list[tuple[Tensor, Tensor, Tensor]]) -> Trace:
@@ -220,39 +240,51 @@ class Decomposition:
         total = sum(len(rows) for rows, _, _ in batches)
         trace = Trace(self, [LayerTrace() for _ in self.layers])
         for rows, ids, mask in batches:
-            final, logits, layers = self._run(ids, mask)
+            final, logits, layers = self._run(ids, mask, trace.oddities)
             trace.final = _placed(trace.final, rows, total, final)
             trace.logits = _placed(trace.logits, rows, total, logits)
             for whole, part in zip(trace.layers, layers, strict=True):
                 whole.scatter(rows, total, part)
+        trace.read_routers()
         return trace
 
-    def _run(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, list[LayerTrace]]:
+    def _run(self, ids: Tensor, mask: Tensor, oddities: list[str]) -> tuple[Tensor, Tensor, list[LayerTrace]]:
         positions = mask.shape[1] - 1 - mask.flip(1).long().argmax(1)  # right for left, right and no padding
-        recorder = _Recorder(ids.shape[1], positions)
+        recorder = _Recorder(ids.shape[1], positions, oddities)
         layers = [LayerTrace() for _ in self.layers]
         final: list[Tensor] = []
         handles = [self.norm.register_forward_pre_hook(lambda m, a: final.append(recorder.take(a[0])))]
         for i, (layer, record) in enumerate(zip(self.layers, layers, strict=True)):
-            handles += recorder.hook(layer, record, self.at(i))
-        router = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
+            handles += recorder.hook(i, layer, record, self.at(i))
+        options = {"output_router_logits": False} if hasattr(self.model.config, "output_router_logits") else {}
+        if not mask[:, 0].all() and "position_ids" in inspect.signature(self.model.forward).parameters:
+            # left padding: a model counts its positions from the first column, whatever the mask
+            options["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
         try:
-            out = self.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=positions[:, None], **router)
+            out = self.model(ids, attention_mask=mask, use_cache=False, logits_to_keep=positions[:, None], **options)
         finally:
             for handle in handles:
                 handle.remove()
+        self.returns |= recorder.returns
         return final[-1], out.logits[:, 0].float(), layers
 
 
 @dataclass
 class Trace:
     """The last position of every prompt: per layer what was written, ``final`` [P, d] the residual before the final
-    norm, ``logits`` [P, V] the model's own."""
+    norm, ``logits`` [P, V] the model's own; ``scoring``: what its routers make of their logits (a name of ``SCORINGS``,
+    None where there are no routers or none of those); ``oddities``: what in its build may be why it does not fit."""
 
     decomposition: Decomposition
     layers: list[LayerTrace]
     final: Tensor | None = None
     logits: Tensor | None = None
+    scoring: str | None = None
+    oddities: list[str] = field(default_factory=list)
+
+    def base(self, layer: int, component: str) -> Tensor:
+        """The residual that a component of a layer reads: [P, hidden]."""
+        return self.layers[layer].bases[self.decomposition.components(layer)[component][0].branch]
 
     def write(self, site: Site) -> Tensor:
         """sum_i c_i v_i + bias of one site: [P, hidden]."""
@@ -267,9 +299,19 @@ class Trace:
             y.index_add_(0, rows, z if bias is None else z + record.weight[rows, slots, None] * bias * factor[rows])
         return y
 
-    def branch_write(self, layer: int, branch: str) -> Tensor:
-        """Everything that a branch of a layer (its A or F) adds to the stream: [P, hidden]."""
-        return sum(self.write(s) for s in self.decomposition.at(layer) if s.branch == branch)
+    def component_write(self, layer: int, component: str) -> Tensor:
+        """Everything that a component of a layer (its A or F) adds to the stream: [P, hidden]."""
+        return sum(self.write(s) for s in self.decomposition.components(layer)[component])
+
+    def read_routers(self) -> None:
+        """Find what the routers make of their logits, and with it the ``probability`` of every expert."""
+        routed = [record for record in self.layers if record.index is not None]
+        if not routed or any(record.router is None for record in routed):
+            return
+        self.scoring = scoring_of([(record.router, record.index, record.weight) for record in routed])
+        if self.scoring is not None:
+            for record in routed:
+                record.probability = SCORINGS[self.scoring](record.router)
 
     @torch.no_grad()
     def error(self) -> float:
@@ -277,7 +319,7 @@ class Trace:
         worst = 0.0
         for i, record in enumerate(self.layers):
             sites = self.decomposition.at(i)
-            if any(s.name not in record.coefficients for s in sites):
+            if any(s.name not in record.coefficients or s.branch not in record.factors for s in sites):
                 return float("inf")  # a matrix that was found but not called as expected
             update = record.residual_out - record.residual_in
             rebuilt = sum((self.write(s) for s in sites), torch.zeros_like(update))
@@ -286,33 +328,57 @@ class Trace:
             worst = max(worst, error if error == error else float("inf"))  # NaN must not pass
         return worst
 
-    def _misread(self) -> bool:
-        """Whether some branch was never seen to read the stream itself."""
-        hidden = self.final.shape[1]
-        bases = [self.layers[s.layer].bases.get(s.branch) for s in self.decomposition.sites]
-        return any(base is None or base.shape[1] != hidden for base in bases)
-
     def verified(self) -> float:
-        """The error, or DecompositionError where it exceeds the tolerance: such a model is never scored."""
+        """The error, or DecompositionError where it exceeds the tolerance, or where a layer has two sites of a kind,
+        whose neurons would go by the same numbers: such a model is never scored."""
         name = type(self.decomposition.model).__name__
-        error = float("inf") if self._misread() else self.error()
+        found = Counter((site.layer, site.kind) for site in self.decomposition.sites)
+        if twice := next((key for key, count in found.items() if count > 1), None):
+            raise DecompositionError(f"{name}: layer {twice[0]} has two {twice[1]} parts; not supported")
+        error = self.error()
         if not error <= TOLERANCE:
+            why = "; ".join(dict.fromkeys([*self.oddities, *self._uncalled()]))
             raise DecompositionError(
-                f"{name}: contributions miss the residual stream by {error:.1e} of a layer's update "
-                f"(allowed: {TOLERANCE:.0e}); this architecture or these weights are not supported"
+                f"{name}: contributions miss the residual stream by {error:.1e} of a layer's update (allowed: "
+                f"{TOLERANCE:.0e}){why and f', perhaps because {why}'}; this architecture or these weights are not "
+                "supported"
             )
-        if not all(_softmax_router(record) for record in self.layers if record.index is not None):
-            raise DecompositionError(f"{name}: router weights are no shares of a softmax; this router is not supported")
+        if missing := {"attn", "ffn"} - {site.component for site in self.decomposition.sites}:
+            raise DecompositionError(f"{name}: no layer has a part of kind {missing.pop()}; not supported")
+        for layer in range(len(self.layers)):
+            for component, sites in self.decomposition.components(layer).items():
+                self._require_base(f"{name}: layer {layer}: its {component} part", layer, sites)
         return error
 
+    def _uncalled(self) -> Iterator[str]:
+        for site in self.decomposition.sites:
+            record = self.layers[site.layer]
+            if site.name not in record.coefficients or site.branch not in record.factors:
+                yield f"layer {site.layer} does not call {site.name} as part of one of its own modules"
 
-def _softmax_router(record: LayerTrace) -> bool:
-    """Whether the weights really used are the router's softmax, up to one factor per prompt (renormalisation)."""
-    if record.probability is None:
+    def _require_base(self, what: str, layer: int, sites: list[Site]) -> None:
+        bases = [self.layers[layer].bases.get(site.branch) for site in sites]
+        if any(base is None or base.shape != self.final.shape for base in bases):
+            raise DecompositionError(f"{what} does not read the residual stream as it is; not supported")
+        if any(not torch.equal(base, bases[0]) for base in bases):
+            raise DecompositionError(f"{what} reads two residuals; not supported")
+
+
+def scoring_of(choices: list[tuple[Tensor, Tensor, Tensor]]) -> str | None:
+    """Which of ``SCORINGS`` explains the choices of all layers, each (what the router says [N, E], index and weight
+    [N, K] of the experts that are used); None: none of them."""
+    return next((name for name, scoring in SCORINGS.items() if all(_gives_shares(scoring, *c) for c in choices)), None)
+
+
+def _gives_shares(scoring: Callable[[Tensor], Tensor], router: Tensor, index: Tensor, weight: Tensor) -> bool:
+    """Whether the weights really used are the scores of the chosen experts, all times one number, or each position's
+    divided by their sum and times one number."""
+    chosen = scoring(router).gather(1, index)
+    shares = [x / x.sum(1, keepdim=True) for x in (chosen, weight)]
+    if (chosen < 0).any() or not torch.allclose(*shares, rtol=1e-3, atol=1e-5):
         return False
-    chosen = record.probability.gather(1, record.index)
-    shares = [x / x.sum(1, keepdim=True) for x in (chosen, record.weight)]
-    return torch.allclose(*shares, rtol=1e-3, atol=1e-5)
+    factors = (weight.sum(1), weight.sum(1) / chosen.sum(1))
+    return any(torch.allclose(factor, factor[:1].expand_as(factor), rtol=1e-3) for factor in factors)
 
 
 def routed_rows(index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -332,27 +398,59 @@ def _final_norm(model: nn.Module) -> nn.Module:
 
 
 def _sites(index: int, layer: nn.Module, config: object) -> Iterator[Site]:
+    routes = any(_is_experts(m) for m in layer.modules())
     for name, module in layer.named_modules():
         branch, leaf = name.partition(".")[0], name.rpartition(".")[2]
         block = layer.get_submodule(branch) if name else layer
+        owner = layer.get_submodule(name.rpartition(".")[0])
         if _is_experts(module):
-            yield Site(index, "routed", name, module, layer.get_submodule(name.rpartition(".")[0]))
+            yield Site(index, "routed", name, module, router=_router(owner, module))
         elif leaf in WRITERS and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
-            beside_experts = any(_is_experts(m) for m in block.modules())
-            if MIXER.search(branch) and not beside_experts:
-                owner = layer.get_submodule(name.rpartition(".")[0])
-                heads = getattr(owner, "num_v_heads", None) or config.num_attention_heads
-                yield Site(index, "attn", name, module, block, heads=heads)
-            elif beside_experts:
-                yield Site(index, "shared", name, module, block, gate=getattr(block, "shared_expert_gate", None))
+            mixes = MIXER.search(branch) and not (leaf in FEED_FORWARD or any(_is_experts(m) for m in block.modules()))
+            if mixes:
+                yield Site(index, "attn", name, module, heads=_heads(owner, config))
             else:
-                yield Site(index, "dense", name, module, block)
+                gate = getattr(block, "shared_expert_gate", None)
+                yield Site(index, "shared" if routes else "dense", name, module, gate=gate)
+
+
+def _heads(mixer: nn.Module, config: object) -> int:
+    """Heads of what mixes tokens: of attention, or of linear attention, which counts those of its values. State space
+    models and convolutions (which pass their input through a convolution, as linear attention does) have none."""
+    if (linear := getattr(mixer, "num_v_heads", None)) is not None:
+        return linear
+    return 0 if any(isinstance(m, nn.Conv1d) for m in mixer.modules()) else config.num_attention_heads
+
+
+def _router(block: nn.Module, experts: nn.Module) -> nn.Module | None:
+    """The module beside the experts whose one matrix (a bias may be of shape [1, E]) has a row for each of them."""
+    for module in block.children():
+        matrices = [p for p in module.parameters() if p.dim() > 1 and len(p) > 1]
+        if module is not experts and len(matrices) == 1 and len(matrices[0]) == len(experts.down_proj):
+            return module
+    return None
+
+
+def _require_readable(name: str, model: nn.Module, sites: list[Site]) -> None:
+    if not sites:
+        raise DecompositionError(
+            f"{name}: no matrix that writes to the residual stream was found (error: all of it); not supported"
+        )
+    if any(p.is_meta for p in model.parameters()):
+        raise DecompositionError(f"{name}: weights are offloaded; load the model without CPU or disk offload")
+    for site in sites:
+        dtype = site.stored(0).dtype
+        if not dtype.is_floating_point or dtype.itemsize < 2:
+            raise DecompositionError(
+                f"{name}: layer {site.layer}: {site.name} is packed ({dtype}); load the weights dequantised"
+            )
 
 
 class _Recorder:
     """Hooks that copy the last position of each prompt out of a forward pass."""
 
-    def __init__(self, length: int, positions: Tensor):
+    def __init__(self, length: int, positions: Tensor, oddities: list[str]):
+        self.oddities, self.returns = oddities, {}
         self.rows, self.positions = torch.arange(len(positions), device=positions.device), positions
         self.flat = self.rows * length + positions  # experts and routers see all tokens in one row each
 
@@ -360,17 +458,19 @@ class _Recorder:
         x = x[self.rows.to(x.device), self.positions.to(x.device)] if x.dim() == 3 else x[self.flat.to(x.device)]
         return x.detach().float()
 
-    def hook(self, layer: nn.Module, record: LayerTrace, sites: list[Site]) -> list:
+    def hook(self, index: int, layer: nn.Module, record: LayerTrace, sites: list[Site]) -> list:
         """Register the hooks of one layer; the caller removes them."""
         norms: list[tuple[Tensor, Tensor]] = []  # (input, output) of the norms that ran so far
         written: dict[str, Tensor] = {}  # what the branches put out
-        multiplier = float(getattr(layer, "residual_multiplier", 1.0))
+        multiplier = multiplier_of(layer)
 
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
             record.residual_in = self.take(_hidden(args, kwargs))
 
         def leave(_: nn.Module, __: tuple, output: object) -> None:
             record.residual_out = self.take(_first(output))
+            if isinstance(output, tuple):
+                self.returns[index] = len(output)
             for name, gate in record.gates.items():
                 record.coefficients[name] = record.coefficients[name] * gate
             for site in sites:
@@ -384,10 +484,11 @@ class _Recorder:
             layer.register_forward_pre_hook(enter, with_kwargs=True),
             layer.register_forward_hook(leave),
         ]
-        branches = {s.branch for s in sites}
+        readers = {s.branch: _reader(layer, s) for s in sites}
         for name, child in layer.named_children():
-            if name in branches:
-                handles.append(child.register_forward_pre_hook(self._read(record, name, norms), with_kwargs=True))
+            if name in readers:
+                read = self._read(record, name, norms)
+                handles.append(readers[name].register_forward_pre_hook(read, with_kwargs=True))
                 handles.append(child.register_forward_hook(self._written(record, name, written, multiplier)))
             elif "norm" in type(child).__name__.lower():
                 handles.append(child.register_forward_hook(self._normed(record, norms, written, sites, multiplier)))
@@ -420,11 +521,13 @@ class _Recorder:
                 y = self.take(args[0])
                 norm = Norm.of(module, y[0])
                 if norm.centred or norm.bias.any():
-                    where = f"layer {sites[0].layer}: the norm behind {branch}"
-                    raise DecompositionError(f"{where} centres or shifts what it wrote; such a model is not supported")
-                record.factors[branch] = multiplier * norm.scale(y)[:, None].float()
+                    self.oddities.append(
+                        f"the norm behind {branch} of layer {sites[0].layer} centres or shifts what it wrote"
+                    )
+                    return
+                record.factors[branch], record.outputs[branch] = multiplier * norm.scale(y)[:, None].float(), y
                 for site in sites:
-                    site.gain = norm.gain if site.branch == branch else site.gain
+                    site.norm = norm if site.branch == branch else site.norm
 
         return normed
 
@@ -445,13 +548,21 @@ class _Recorder:
             record.weight = weight.gather(1, order)
             record.coefficients[site.name] = routed_coefficients(module, hidden, record.index, record.weight)
 
-        def router(_: nn.Module, __: tuple, output: object) -> None:
+        def said(_: nn.Module, __: tuple, output: object) -> None:
             if isinstance(output, tuple) and len(output) >= 3:  # (logits, weights, indices)
-                record.probability = self.take(output[0]).softmax(-1)
+                record.router = self.take(output[0])
 
         handles = [site.module.register_forward_pre_hook(coefficients)]
-        others = [m for m in site.block.children() if m is not site.module]
-        return handles + [m.register_forward_hook(router) for m in others]
+        return handles if site.router is None else [*handles, site.router.register_forward_hook(said)]
+
+
+def _reader(layer: nn.Module, site: Site) -> nn.Module:
+    """What reads the stream for a site: its branch, or, where the branch is the matrix itself (OPT), the matrix beside
+    it that computes its neurons."""
+    if site.name != site.branch:
+        return layer.get_submodule(site.branch)
+    wide = (m for m in layer.children() if isinstance(m, nn.Linear) and m.out_features == site.neurons)
+    return next((m for m in wide if m is not site.module), site.module)
 
 
 def _hidden(args: tuple, kwargs: dict) -> Tensor:

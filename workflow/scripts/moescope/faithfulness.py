@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from moescope import lpi, replay, selection, tables
 from moescope.clean import CleanRun
+from moescope.decomposition import multiplier_of
 from moescope.scores import column
 
 #: Rows of one replay of the last position; prompts whose keys and values are held at once.
@@ -35,8 +36,8 @@ def faithfulness(
     ``frames``: ``ffn_neurons`` of this model and these prompts. ``neurons``: how many, stratified by layer, kind and
     decile of |importance| (``selection.sample``). ``effect``, ``lpi`` and ``gradient`` are nats, ``magnitude`` has the
     unit of the residual; a row for every prompt in which a neuron is active (routed: that is sent to its expert).
+    Raises ReplayError where the last position cannot be run again by itself.
     """
-    run.decomposition.require_plain("faithfulness")
     chosen = selection.sample(frames["ffn_neurons"], neurons, seed)
     pairs = _pairs(run, chosen)
     for group in tqdm(replay.by_length(run), desc="neuron by neuron", unit="batch", disable=not progress):
@@ -53,7 +54,8 @@ def faithfulness(
 @dataclass
 class _Pairs:
     """The N sampled neurons, ``layer`` [N] and ``value`` [N, d], and all M pairs of one and a prompt it is active in:
-    numbers of ``neuron`` and ``prompt``, ``coefficient``, and what is measured, all [M]."""
+    numbers of ``neuron`` and ``prompt``, ``coefficient``, and what is measured, all [M]. Value and coefficient are
+    those before a norm behind the branch, where there is one."""
 
     layer: Tensor
     value: Tensor
@@ -79,12 +81,15 @@ def _pairs(run: CleanRun, chosen: pl.DataFrame) -> _Pairs:
             prompts, slots = torch.where(record.index == expert)
             coefficients = coefficients[prompts, slots]
         coefficients = coefficients[:, neurons]
-        value = site.stored(expert).detach()[neurons].float()
+        value = site.mapped_values(expert)[neurons].float()
         base = run.readout.base(record.bases[site.branch], prompts)
         (scores,) = run.readout.of_neurons(base, [lpi.Neurons(value, coefficients)], lpi.Certificate())
         neuron = torch.tensor(numbers, device=prompts.device).expand(len(prompts), -1)
         magnitude = coefficients.double().abs() * value.double().norm(dim=1)
         prompt = prompts[:, None].expand_as(neuron)
+        if site.norm is not None:
+            value = site.stored(expert).detach()[neurons].float()
+            coefficients = coefficients / record.factors[site.branch][prompts]
         values.append(value)
         parts.append([x.flatten() for x in (neuron, prompt, coefficients, scores, magnitude)])
     neuron, prompt, coefficient, scores, magnitude = map(torch.cat, zip(*parts, strict=True))
@@ -98,16 +103,28 @@ def _measure(run: CleanRun, rows: Tensor, ids: Tensor, pairs: _Pairs) -> None:
     last = replay.LastPosition(run.decomposition, ids, run.target[rows])
     residuals = [record.residual_out[rows] for record in run.trace.layers]
     gradients = last.gradients(residuals)
+    whole = replay.log_prob(run.trace.logits[rows], run.target[rows]).cpu().numpy()
     everyone = torch.arange(len(rows), device=rows.device)
     place = torch.full((len(run.prompts),), -1, device=rows.device)
     place[rows] = everyone
     for layer in pairs.layer.unique().tolist():
         clean = last.log_prob(layer, residuals[layer], everyone)
+        replay.verified(run.model, clean.cpu().numpy(), whole)
         here = (pairs.layer[pairs.neuron] == layer) & (place[pairs.prompt] >= 0)
-        for some in here.nonzero()[:, 0].split(_ROWS):
+        for some in here.nonzero()[:, 0].split(_ROWS) if here.any() else ():
             prompt, coefficient = place[pairs.prompt[some]], pairs.coefficient[some]
             value = pairs.value[pairs.neuron[some]]
-            without = residuals[layer][prompt] - coefficient[:, None] * value
-            pairs.effect[some] = clean[prompt] - last.log_prob(layer, without, prompt)
-            slope = (value.double() * gradients[layer][prompt].double()).sum(1)
-            pairs.gradient[some] = coefficient.double() * slope
+            lost, slope = _lost(run, layer, pairs.prompt[some], coefficient[:, None] * value)
+            pairs.effect[some] = clean[prompt] - last.log_prob(layer, residuals[layer][prompt] - lost, prompt)
+            pairs.gradient[some] = (slope.double() * gradients[layer][prompt].double()).sum(1)
+
+
+def _lost(run: CleanRun, layer: int, prompts: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
+    """What a layer writes less at the prompts [n] where its feed-forward part puts out ``part`` [n, d] less, and its
+    derivative by the share of it that is taken: the same, but for a norm behind the part."""
+    site = run.decomposition.components(layer)["ffn"][0]
+    if site.norm is None:
+        return part, part
+    record = run.trace.layers[layer]
+    output, multiplier = record.outputs[site.branch][prompts], multiplier_of(run.decomposition.layers[layer])
+    return multiplier * site.norm.lost(output, part), multiplier * site.norm.slope(output, part)

@@ -2,18 +2,29 @@
 
 To *zero* a neuron is to zero its value row in place, so that it writes nothing at any position whatever its
 coefficient; a head is the block of neurons of the attention output that belongs to it. The bias of a site stays.
+
+To *block* experts is to keep the router of a layer from using them, at all positions. What happens to their slot and to
+the weights of the others is another matter for each of the four ways to do it (``Blocking``). They are done inside the
+router's own forward pass, so that its corrections, groups, normalisation and scaling stay the family's. To *force* an
+expert is to have it run at every position with a given weight, beside those that the router chose.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moescope.decomposition import Decomposition, Site
 from moescope.errors import MoescopeError
+from moescope.patching import patched
 
 
 class InterventionError(MoescopeError):
@@ -84,3 +95,199 @@ def zeroed(decomposition: Decomposition, targets: Iterable[Target]) -> Iterator[
             restoring.callback(rows.index_copy_, 0, index, rows[index])
             rows[index] = 0
         yield
+
+
+#: How experts are blocked.
+#:
+#: ``reroute``: their score is -inf where it enters the choice of the top k, so that the next experts take their slots;
+#: the probabilities of all others stay what they are, and the family normalises and scales those of the chosen.
+#: ``reroute_logit``: their logit is -inf, so that a softmax shares out what they had among all others, and a sigmoid
+#: gives 0. (A correction of the choice may pick such an expert all the same: then its weight is 0.)
+#: ``min_logit``: their logit is the least of the token's, and they lose the choice after any correction or group limit.
+#: ``zero_weight``: the choice stays, their weight is 0; nobody takes their slot, and no other weight changes.
+Blocking = Literal["reroute", "reroute_logit", "min_logit", "zero_weight"]
+Experts = Mapping[int, Sequence[int]]
+
+
+def block(
+    decomposition: Decomposition, experts: Experts, how: Blocking = "reroute"
+) -> contextlib.AbstractContextManager:
+    """Block experts, named by layer, in one of four ways while the context lasts (the functions of those names)."""
+    ways = {"reroute": reroute, "reroute_logit": reroute_logit, "min_logit": min_logit, "zero_weight": zero_weight}
+    if how not in ways:
+        raise InterventionError(f"{how}: experts are blocked by {', '.join(ways)}")
+    return ways[how](decomposition, experts)
+
+
+def reroute(decomposition: Decomposition, experts: Experts) -> contextlib.AbstractContextManager:
+    """The score of some experts is -inf where it enters the choice of the top k; see ``Blocking``.
+
+    Raises InterventionError where a layer or an expert is not there, and, in the forward pass, where a router makes no
+    top-k choice or has to choose a blocked expert for want of others.
+    """
+    return _choosing(decomposition, experts, scores=_impossible)
+
+
+def reroute_logit(decomposition: Decomposition, experts: Experts) -> contextlib.AbstractContextManager:
+    """The logit of some experts is -inf before anything is made of it; see ``Blocking``.
+
+    Raises InterventionError where a layer or an expert is not there, and, in the forward pass, where the router has no
+    logits that could be changed, or gives such an expert a weight all the same.
+    """
+    return _choosing(decomposition, experts, logits=_impossible)
+
+
+def min_logit(decomposition: Decomposition, experts: Experts) -> contextlib.AbstractContextManager:
+    """The logit of some experts is the least of their token's, and they lose the choice; see ``Blocking``.
+
+    Raises what ``reroute`` raises, but a router may choose otherwise than by top k.
+    """
+    return _choosing(decomposition, experts, logits=_least, scores=_impossible, or_otherwise=True)
+
+
+@contextlib.contextmanager
+def zero_weight(decomposition: Decomposition, experts: Experts) -> Iterator[None]:
+    """The weight of some experts is 0 wherever they are chosen, that of no other changes; see ``Blocking``.
+
+    Raises InterventionError where a layer or an expert is not there.
+    """
+
+    def drop(blocked: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, index, weight = args
+        return hidden, index, weight.masked_fill(torch.isin(index, blocked), 0)
+
+    with contextlib.ExitStack() as hooks:
+        for site, numbers in _named(decomposition, experts):
+            hook = lambda _, args, blocked=numbers: drop(blocked.to(args[1].device), args)  # noqa: E731
+            hooks.callback(site.module.register_forward_pre_hook(hook).remove)
+        yield
+
+
+@contextlib.contextmanager
+def force(decomposition: Decomposition, layer: int, expert: int, weight: float | Tensor) -> Iterator[None]:
+    """Have an expert run at every position with ``weight``, one for all or one for each of the N positions of a batch
+    ([N], prompt after prompt). Where the router chose it, that is its weight now; elsewhere it comes in addition.
+
+    ``routing.Routing.weight_of`` gives the weight that the router would have given. Raises InterventionError where the
+    layer or the expert is not there, and, in the forward pass, where there is not a weight for each position.
+    """
+    ((site, number),) = _named(decomposition, {layer: [expert]})
+
+    def insert(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        hidden, index, weights = args
+        given = torch.as_tensor(weight, dtype=weights.dtype, device=weights.device)
+        if given.dim() and given.shape != index.shape[:1]:
+            raise InterventionError(
+                f"layer {layer}, expert {expert}: {given.numel()} weights for {len(index)} positions; give one for each"
+            )
+        given, forced = given.expand(len(index))[:, None], number.to(index.device).expand(len(index), 1)
+        there = index == forced
+        extra = given.masked_fill(there.any(1, keepdim=True), 0)
+        return hidden, torch.cat([index, forced], 1), torch.cat([torch.where(there, given, weights), extra], 1)
+
+    handle = site.module.register_forward_pre_hook(insert)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _named(decomposition: Decomposition, experts: Experts) -> list[tuple[Site, Tensor]]:
+    """The sites of the layers that are named, and the numbers of their experts; each must be there."""
+    if not any(len(numbers) for numbers in experts.values()):
+        raise InterventionError("no expert is named; name one at least")
+    found = []
+    for layer, numbers in experts.items():
+        for number in numbers:
+            Target(layer, "routed", [0], number).site(decomposition)
+        if numbers:
+            found.append((decomposition.at(layer, "routed")[0], torch.tensor(sorted(set(numbers)))))
+    return found
+
+
+Change = Callable[[Tensor, Tensor], Tensor]
+
+
+def _impossible(x: Tensor, experts: Tensor) -> Tensor:
+    return x.index_fill(-1, experts, -torch.inf)
+
+
+def _least(x: Tensor, experts: Tensor) -> Tensor:
+    return x.index_copy(-1, experts, x.amin(-1, keepdim=True).expand(*x.shape[:-1], len(experts)))
+
+
+class _Inside(TorchFunctionMode):
+    """What a router computes, changed on the way: the logits that its matrix gives, the scores of all experts that it
+    chooses the top k of (the choice between groups of experts is another)."""
+
+    def __init__(self, count: int, experts: Tensor, logits: Change | None, scores: Change | None):
+        super().__init__()
+        self.count, self.experts, self.logits, self.scores = count, experts, logits, scores
+        self.met: set[str] = set()
+
+    def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if self.scores and func in (torch.topk, Tensor.topk) and args[0].shape[1:] == (self.count,):
+            self.met.add("scores")
+            args = (self.scores(args[0], self.experts.to(args[0].device)), *args[1:])
+        found = func(*args, **(kwargs or {}))
+        if self.logits and func is F.linear and found.shape[-1] == self.count:
+            self.met.add("logits")
+            found = self.logits(found, self.experts.to(found.device))
+        return found
+
+
+@contextlib.contextmanager
+def _choosing(
+    decomposition: Decomposition,
+    experts: Experts,
+    logits: Change | None = None,
+    scores: Change | None = None,
+    or_otherwise: bool = False,
+) -> Iterator[None]:
+    """Run the routers of some layers with logits or scores changed; none of the experts may come out with a weight, or,
+    where their scores are changed, chosen.
+
+    ``or_otherwise``: a choice that is not one of the top k will do.
+    """
+    with contextlib.ExitStack() as restoring:
+        for site, numbers in _named(decomposition, experts):
+            where = f"layer {site.layer}, experts {numbers.tolist()}"
+            if site.router is None:
+                raise InterventionError(f"{where}: what chooses between them was not found; use zero_weight")
+
+            changed = functools.partial(_changed, where, site.experts, numbers, logits, scores, or_otherwise)
+            restoring.enter_context(patched(site.router, lambda run, changed=changed: functools.partial(changed, run)))
+        yield
+
+
+def _changed(
+    where: str,
+    count: int,
+    numbers: Tensor,
+    logits: Change | None,
+    scores: Change | None,
+    or_otherwise: bool,
+    run: Callable[..., tuple[Tensor, ...]],
+    *args: object,
+    **kwargs: object,
+) -> tuple[Tensor, ...]:
+    """What a router says, logits or scores of some experts changed."""
+    with _Inside(count, numbers, logits, scores) as inside:
+        said = run(*args, **kwargs)
+    wanted = {"logits": logits, "scores": None if or_otherwise else scores}
+    for name, change in wanted.items():
+        if change is not None and name not in inside.met:
+            raise InterventionError(f"{where}: their router has no {name} that could be changed; use zero_weight")
+    _require_left_out(where, said, numbers, never=scores is not None)
+    return said
+
+
+def _require_left_out(where: str, said: tuple[Tensor, ...], numbers: Tensor, never: bool) -> None:
+    _, weight, index = said[:3]
+    chosen = torch.isin(index, numbers.to(index.device))
+    if chosen.any() and (never or weight[chosen].any()):
+        raise InterventionError(
+            f"{where}: too few others can take their place; block fewer of them, or use zero_weight"
+        )
+    if not weight.isfinite().all():
+        raise InterventionError(f"{where}: their router gives weights that are no numbers; use zero_weight")

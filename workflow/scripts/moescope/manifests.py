@@ -20,7 +20,12 @@ _SHAPE_KEYS = {
     "experts": ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"),
     "K": ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"),
     "I": ("moe_intermediate_size", "intermediate_size", "n_inner", "ffn_dim"),
-    "shared_I": ("shared_expert_intermediate_size", "shared_intermediate_size"),
+    "shared_I": (
+        "shared_expert_intermediate_size",
+        "shared_intermediate_size",
+        "moe_shared_expert_intermediate_size",
+    ),
+    "shared": ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert"),
 }
 _GGUF_KEYS = {
     "layers": "block_count",
@@ -139,9 +144,10 @@ def _parsed(content: bytes, where: str) -> dict:
 def shape_of(config: Mapping[str, Any], tensors: Iterable[Iterable[int]] = ()) -> dict[str, int | None]:
     """The shape of a model from its configuration, and its parameters from the shapes of its tensors."""
     shape = {name: _first(config, keys) for name, keys in _SHAPE_KEYS.items()}
+    shared = shape.pop("shared")
     if not shape["experts"]:
         shape |= {"experts": 0, "K": 0, "I": _first(config, ("intermediate_size", "n_inner", "ffn_dim"))}
-    elif not shape["shared_I"] and (shared := _first(config, ("n_shared_experts", "num_shared_experts"))):
+    elif shared and not shape["shared_I"]:
         shape["shared_I"] = shared * shape["I"]
     shape["shared_I"] = shape["shared_I"] or 0
     return shape | {"parameters": sum(map(math.prod, tensors)) or None}

@@ -44,3 +44,14 @@ class Norm:
         x = residual.double()
         x = x - x.mean(1, keepdim=True) if self.centred else x
         return (x.square().mean(1) + self.eps).rsqrt()
+
+    def lost(self, x: Tensor, part: Tensor) -> Tensor:
+        """What a norm without centring puts out less where ``part`` is taken from ``x`` [n, d]: float32 [n, d]."""
+        whole, rest = x.double(), x.double() - part.double()
+        return ((whole * self.scale(whole)[:, None] - rest * self.scale(rest)[:, None]) * self.gain.double()).float()
+
+    def slope(self, x: Tensor, part: Tensor) -> Tensor:
+        """The same per unit of ``part``, where little of it is taken: d/dt of what is lost with t part, at t = 0."""
+        x, part, scale = x.double(), part.double(), self.scale(x)[:, None]
+        along = (x * part).mean(1, keepdim=True) * scale.square()
+        return ((part - x * along) * scale * self.gain.double()).float()

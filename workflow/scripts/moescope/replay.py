@@ -14,59 +14,74 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from moescope.clean import CleanRun
-from moescope.decomposition import Decomposition, LayerTrace, Site, routed_coefficients
+from moescope.decomposition import Decomposition, LayerTrace, Site, multiplier_of, routed_coefficients
+from moescope.errors import MoescopeError
+from moescope.patching import patched
+
+#: Largest difference between a prompt's clean log-probability in a replay and in the whole pass (nats).
+TOLERANCE = 1e-3
+
+
+class ReplayError(MoescopeError):
+    """A model whose forward pass cannot be taken up in the middle."""
 
 
 class _Stream:
-    """The residual stream that skipped layers hand on; whoever reads it first fills it, where nobody has before."""
+    """The residual stream that skipped layers hand on, as given, or as the first of them reads it."""
 
     def __init__(self, hidden: Tensor | None = None):
-        self.hidden = hidden
+        self.given, self.hidden = hidden is not None, hidden
+        self.skipped = False
 
-    def read(self, args: tuple, kwargs: dict) -> Tensor:
-        """What a module of these arguments is to read."""
-        if self.hidden is None:
+    def skip(self, args: tuple, kwargs: dict) -> Tensor:
+        """What a skipped layer of these arguments hands on."""
+        if not self.given and not self.skipped:
             self.hidden = args[0] if args else kwargs["hidden_states"]
+        self.skipped = True
         return self.hidden
 
-    def enter(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        """The pre-hook of the module that reads the stream in earnest."""
-        hidden = self.read(args, kwargs)
-        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+    def enter(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
+        """The pre-hook of the module behind the skipped layers, which reads the stream in earnest."""
+        if not self.given and not self.skipped:  # none was skipped, or it is a norm that stands before the layers too
+            self.hidden = args[0] if args else kwargs["hidden_states"]
+            return None
+        return ((self.hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.hidden})
 
 
 class _Skipped(nn.Module):
     """In the place of a layer: costs nothing, not even the upcast of its weights."""
 
-    def __init__(self, layer: nn.Module, stream: _Stream):
+    def __init__(self, layer: nn.Module, stream: _Stream, returns: int):
         super().__init__()
         # past nn.Module, which would make the layer a child
-        self.__dict__.update(layer=layer, stream=stream)
+        self.__dict__.update(layer=layer, stream=stream, returns=returns)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["layer"], name)  # models ask layers for their kind of attention
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor:
-        return self.stream.read(args, kwargs)
+    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple:
+        hidden = self.stream.skip(args, kwargs)
+        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
 
 
 @contextlib.contextmanager
 def _skipping(decomposition: Decomposition, skipped: range, stream: _Stream) -> Iterator[None]:
     """Run the model without some layers in a row; the next layer (or the final norm) reads ``stream``.
 
-    Whether layers return a tensor or a tuple need not be known: what the skipped ones return is never read.
+    Of what the skipped ones return, no more than the number matters: nobody reads it.
     """
     layers = decomposition.layers
     after = layers[skipped.stop] if skipped.stop < len(layers) else decomposition.norm
     with contextlib.ExitStack() as restoring:
         for i in skipped:
             restoring.callback(layers.__setitem__, i, layers[i])
-            layers[i] = _Skipped(layers[i], stream)
+            layers[i] = _Skipped(layers[i], stream, decomposition.returns.get(i, 0))
         restoring.callback(after.register_forward_pre_hook(stream.enter, with_kwargs=True).remove)
         yield
 
@@ -90,19 +105,19 @@ def hidden_at(decomposition: Decomposition, layer: int, ids: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def recording(decomposition: Decomposition, layer: int) -> Iterator[LayerTrace]:
-    """The record of a layer's feed-forward neurons at all n positions they run for within the context: ``coefficients``
-    and ``index`` alone."""
+def recording(decomposition: Decomposition, layer: int, distinct: Distinct) -> Iterator[LayerTrace]:
+    """The record of a layer's feed-forward neurons at the n distinct positions of a batch that runs within the context:
+    ``coefficients`` and ``index`` alone, without what a norm behind the branch makes of them."""
     record = LayerTrace()
 
     def linear(site: Site, args: tuple) -> None:
-        record.coefficients[site.name] = args[0].flatten(0, -2)
+        record.coefficients[site.name] = distinct.rows(args[0])
 
     def gate(site: Site, output: Tensor) -> None:
-        record.gates[site.name] = output.sigmoid().flatten(0, -2)
+        record.gates[site.name] = distinct.rows(output.sigmoid())
 
     def experts(site: Site, args: tuple) -> None:
-        hidden, record.index, weight = args
+        hidden, record.index, weight = (distinct.rows(x) for x in args)
         record.coefficients[site.name] = routed_coefficients(site.module, hidden, record.index, weight)
 
     with contextlib.ExitStack() as hooks:
@@ -114,6 +129,9 @@ def recording(decomposition: Decomposition, layer: int) -> Iterator[LayerTrace]:
         yield record
     for name, scale in record.gates.items():
         record.coefficients[name] = record.coefficients[name] * scale
+    multiplier = multiplier_of(decomposition.layers[layer])
+    if multiplier != 1.0:
+        record.coefficients = {name: c * multiplier for name, c in record.coefficients.items()}
 
 
 def last_logits(model: nn.Module, ids: Tensor, **cache: object) -> Tensor:
@@ -135,6 +153,18 @@ def log_prob(logits: Tensor, target: Tensor) -> Tensor:
     largest = logits.amax(1, keepdim=True)
     total = (logits - largest).exp_().sum(1)
     return (logits.gather(1, target[:, None]).double() - largest.double())[:, 0] - total.double().log()
+
+
+def verified(model: nn.Module, found: np.ndarray, truth: np.ndarray) -> float:
+    """The largest difference (nats) between log-probabilities of the clean run in a pass that was taken up in the
+    middle and in the whole one. Raises ReplayError where it is too large."""
+    error = float(np.abs(found - truth).max())
+    if not error <= TOLERANCE:
+        raise ReplayError(
+            f"{type(model).__name__}: a pass taken up in the middle misses the whole one by {error:.1e} nats (allowed: "
+            f"{TOLERANCE:.0e}); this architecture is not supported"
+        )
+    return error
 
 
 @dataclass(frozen=True)
@@ -167,6 +197,7 @@ class Distinct:
     def __init__(self) -> None:
         self.first: Tensor | None = None
         self.place: Tensor | None = None
+        self._inside = False
 
     def of(self, prefixes: Tensor) -> None:
         """The batch that runs next has these prefixes [B, T]."""
@@ -177,14 +208,29 @@ class Distinct:
 
     def run(self, forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object) -> object:
         """A position-wise module on hidden states [B, T, d]."""
-        if self.first is None or hidden.dim() != 3:
+        if self.first is None or not _works_on(hidden, args):
             return forward(hidden, *args, **kwargs)
-        out = forward(hidden.flatten(0, 1)[self.first][None], *args, **kwargs)
+        self._inside = True
+        try:
+            out = forward(hidden.flatten(0, 1)[self.first][None], *args, **kwargs)
+        finally:
+            self._inside = False
         return _replaced(out, _first(out)[0][self.place].view_as(hidden))
+
+    def rows(self, x: Tensor) -> Tensor:
+        """What is seen [..., n] while the batch runs, a row per distinct prefix, whether it is seen in a module that
+        runs for those alone or in one that runs for all positions."""
+        flat = x.flatten(0, -2)
+        return flat if self._inside else flat[self.first]
+
+
+def _works_on(hidden: Tensor, others: tuple) -> bool:
+    """Whether a module is given hidden states [B, T, d] and nothing else that goes by position."""
+    return hidden.dim() == 3 and not any(isinstance(other, Tensor) for other in others)
 
 
 def _at_last_position(forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object) -> object:
-    if hidden.dim() != 3:
+    if not _works_on(hidden, args):
         return forward(hidden, *args, **kwargs)
     out = forward(hidden[:, -1:], *args, **kwargs)
     written = torch.zeros_like(hidden)
@@ -205,24 +251,17 @@ def sparing(decomposition: Decomposition) -> Iterator[Distinct]:
     """Leave out what nobody reads and what is known: feed-forward parts run once for positions whose prefixes are equal
     (named for each batch with ``Distinct.of``), those of the last layer at the last position alone (no padding).
 
-    Changes nothing at the last position, as long as feed-forward parts work position by position.
+    Changes nothing at the last position, as long as feed-forward parts work position by position. Those that are a bare
+    matrix of the layer (OPT), or are given more than hidden states (BLOOM), run in full.
     """
     distinct, last = Distinct(), len(decomposition.layers) - 1
-    parts = {(site.layer, site.branch) for site in decomposition.sites if site.kind != "attn"}
+    parts = {(s.layer, s.branch) for s in decomposition.sites if s.component == "ffn" and s.name != s.branch}
     with contextlib.ExitStack() as restoring:
         for layer, branch in parts:
             module = decomposition.layers[layer].get_submodule(branch)
-            restoring.callback(_restore_forward, module, module.__dict__.get("forward"))
             spare = _at_last_position if layer == last else distinct.run
-            module.forward = functools.partial(spare, module.forward)
+            restoring.enter_context(patched(module, lambda forward, spare=spare: functools.partial(spare, forward)))
         yield distinct
-
-
-def _restore_forward(module: nn.Module, before: Callable | None) -> None:
-    if before is None:
-        del module.forward
-    else:
-        module.forward = before
 
 
 class LastPosition:
@@ -240,13 +279,20 @@ class LastPosition:
         self.cache = _run(self.model, before, use_cache=True).past_key_values if before.shape[1] else None
 
     def _cache(self, layer: int, prompts: Tensor) -> dict:
-        """Keys and values of some prompts for the layers from ``layer`` on; what a run adds to them is its own."""
+        """Keys, values and states of some prompts for the layers from ``layer`` on; what a run adds is its own."""
         if self.cache is None:
             return {}
         cache = copy.copy(self.cache)
         cache.layers = [copy.copy(one) for one in self.cache.layers]
         for mine, clean in zip(cache.layers[layer:], self.cache.layers[layer:], strict=True):
-            mine.update = functools.partial(_extended, clean, prompts)
+            if isinstance(clean, LinearAttentionCacheLayerMixin):
+                mine.conv_states = _of(prompts, clean.conv_states)
+                mine.recurrent_states = _of(prompts, clean.recurrent_states)
+                mine.has_previous_state = dict(clean.has_previous_state)
+                # nobody reads what comes after the last position, and a backward pass asks for what was there before
+                mine.update_recurrent_state = lambda states, *_, **__: states
+            if isinstance(clean, CacheLayerMixin):
+                mine.update = functools.partial(_extended, clean, prompts)
         return {"past_key_values": cache, "use_cache": True}
 
     def logits(self, layer: int, residual: Tensor, prompts: Tensor) -> Tensor:
@@ -280,6 +326,11 @@ class LastPosition:
             finally:
                 hook.remove()
         return found[::-1]
+
+
+def _of(prompts: Tensor, states: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
+    """States of recurrent layers, of some prompts: copies, since a run writes into them."""
+    return {key: None if state is None else state.index_select(0, prompts) for key, state in states.items()}
 
 
 def _extended(clean: CacheLayerMixin, prompts: Tensor, *update: object, **options: object) -> tuple[Tensor, Tensor]:

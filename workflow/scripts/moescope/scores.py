@@ -39,11 +39,11 @@ class Scores:
 
     def add_site(self, site: Site, coefficients: Tensor, scores: Tensor) -> None:
         """LPI [P, n] of a site whose neurons are all active in every prompt."""
-        component = "attn" if site.kind == "attn" else "ffn"
-        sums, n = self.sums[component], torch.arange(scores.shape[1])
+        sums, n = self.sums[site.component], torch.arange(scores.shape[1])
         width = len(n) // max(1, site.heads)
-        index = {"neuron": n % width} | ({"head": n // width} if site.heads else {"expert": None, "kind": site.kind})
-        self.active[component].add(scores, sums.neurons + n.to(scores.device))
+        of_attention = {"head": n // width if site.heads else None}
+        index = {"neuron": n % width} | (of_attention if site.kind == "attn" else {"expert": None, "kind": site.kind})
+        self.active[site.component].add(scores, sums.neurons + n.to(scores.device))
         everyone = torch.arange(len(scores), device=scores.device)
         sums.add(site.layer, index, [(site.values(), everyone, coefficients, scores)])
 
@@ -62,11 +62,11 @@ class Scores:
 
     def _routing(self, site: Site, record: LayerTrace, scores: Tensor) -> pl.DataFrame:
         """One layer of the routing table: slots by descending weight."""
-        prompts, experts = record.probability.shape
+        prompts, experts = len(record.index), site.experts
         slot = torch.full((prompts, experts), -1)
         order = record.weight.sort(dim=1, descending=True, stable=True).indices
         slot.scatter_(1, record.index.gather(1, order).cpu(), torch.arange(order.shape[1]).expand(prompts, -1))
-        weight, lpi_sum = torch.zeros_like(record.probability), torch.zeros_like(record.probability).double()
+        weight, lpi_sum = (x.new_zeros(prompts, experts) for x in (record.weight, scores))
         weight.scatter_(1, record.index, record.weight)
         lpi_sum.scatter_(1, record.index, scores)
         return pl.DataFrame(
@@ -76,7 +76,7 @@ class Scores:
                 "expert": torch.arange(experts).repeat(prompts).numpy(),
                 "slot": slot.flatten().numpy(),
                 "weight": column(weight),
-                "probability": column(record.probability),
+                "probability": None if record.probability is None else column(record.probability),
                 "lpi": column(lpi_sum),
             }
         ).with_columns(slot=pl.when(pl.col("slot") >= 0).then("slot"))
@@ -112,6 +112,8 @@ class Scores:
         )
 
     def _heads(self) -> pl.DataFrame:
+        if not self.heads:
+            return tables.of_rows([], "heads")
         return pl.concat(
             pl.DataFrame(
                 {
@@ -181,7 +183,7 @@ class _ActiveNeurons:
 
     def __init__(self, trace: Trace, component: str, listed: bool):
         prompts, device = trace.final.shape[0], trace.final.device
-        sites = [s for s in trace.decomposition.sites if (s.kind == "attn") == (component == "attn")]
+        sites = [s for s in trace.decomposition.sites if s.component == component]
         self.component, self.listed = component, listed
         self.count = sum(trace.layers[s.layer].coefficients[s.name][0].numel() for s in sites)
         share = math.ceil(TOP_SHARE * self.count)

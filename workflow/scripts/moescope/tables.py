@@ -99,9 +99,13 @@ SCHEMAS: dict[str, Schema] = {
         key=tuple(_FFN_NEURON),
         nullable=frozenset({"expert"}),
     ),
-    "attn_neurons": Schema({**_ATTN_NEURON, "importance": SCORE, "importance_*": SCORE}, key=tuple(_ATTN_NEURON)),
+    "attn_neurons": Schema(
+        {**_ATTN_NEURON, "importance": SCORE, "importance_*": SCORE},
+        key=tuple(_ATTN_NEURON),
+        nullable=frozenset({"head"}),  # of what mixes tokens without heads
+    ),
     "ffn_groups": Schema({**_FFN_NEURON, **_GROUPS}, key=tuple(_FFN_NEURON), nullable=frozenset({"expert"})),
-    "attn_groups": Schema({**_ATTN_NEURON, **_GROUPS}, key=tuple(_ATTN_NEURON)),
+    "attn_groups": Schema({**_ATTN_NEURON, **_GROUPS}, key=tuple(_ATTN_NEURON), nullable=frozenset({"head"})),
     "top_active": Schema(
         {
             "prompt_id": TEXT,
@@ -134,7 +138,7 @@ SCHEMAS: dict[str, Schema] = {
             **dict.fromkeys(("weight", "probability", "lpi"), SCORE),
         },
         key=("prompt_id", "layer", "expert"),
-        nullable=frozenset({"slot"}),
+        nullable=frozenset({"slot", "probability"}),
     ),
     # what breaks without a part: site head, ffn_neuron or none (the clean run); fold is the one the prompt is tested in
     "ablations": Schema(

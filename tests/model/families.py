@@ -1,0 +1,407 @@
+"""What is measured of every family of the zoo; asserted by ``test_families`` and written down by ``make families``.
+
+Every function measures one claim as the largest error found, against ``references`` or against the model itself run
+another way. Errors of logits and of LPI are relative to 1 + their size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+
+import polars as pl
+import torch
+from torch import Tensor, nn
+
+from moescope import ablation, attribution, clean, interventions, precision, routing, selection
+from moescope.clean import CleanRun
+from moescope.decomposition import Decomposition, Site, decoder_of
+from moescope.interventions import Target
+from moescope.routing import watched
+from tests.model import models, references, zoo
+
+IDS = torch.randint(3, 320, (3, 9), generator=torch.Generator().manual_seed(0))
+WAYS = ("reroute", "reroute_logit", "min_logit", "zero_weight")
+
+
+@dataclass
+class Case:
+    """A model of a family, and its clean run on a table of prompts."""
+
+    name: str
+    model: nn.Module
+    run: CleanRun
+    frames: dict[str, pl.DataFrame]
+    report: dict = field(repr=False)
+
+    @classmethod
+    @functools.cache
+    def of(cls, name: str) -> Case:
+        model, prompts = zoo.build(name), models.prompts()
+        frames, report = attribution.attribute_with_report(model, models.tokenizer(), prompts)
+        with torch.no_grad(), precision.computing_in_float32(model):
+            return cls(name, model, CleanRun.of(model, models.tokenizer(), prompts), frames, report)
+
+    @property
+    def decomposition(self) -> Decomposition:
+        return self.run.decomposition
+
+    def sites(self, *kinds: str) -> list[Site]:
+        return [site for site in self.decomposition.sites if not kinds or site.kind in kinds]
+
+    def path(self, module: nn.Module) -> str:
+        return next(name for name, m in self.model.named_modules() if m is module)
+
+    @property
+    def parallel(self) -> bool:
+        """Whether both halves of a layer read the same residual."""
+        trace, halves = self.run.trace, ("attn", "ffn")
+        both = [i for i in range(len(trace.layers)) if set(halves) <= set(self.decomposition.components(i))]
+        return any(torch.equal(*(trace.base(i, half) for half in halves)) for i in both)
+
+
+def logits(model: nn.Module, ids: Tensor = IDS, **options: object) -> Tensor:
+    with torch.no_grad():
+        return model(ids, use_cache=False, **options).logits
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    return ((one - other).abs() / (1 + other.abs())).max().item()
+
+
+# ---- the residual stream and the scores ----------------------------------------------------------------------------
+
+
+def identity(case: Case) -> float:
+    """The layers' own outputs, one prompt at a time, against the contributions in a batch; of a layer's update."""
+    worst, seen = 0.0, []
+
+    def keep(_: nn.Module, args: tuple, kwargs: dict, out: object) -> None:
+        seen.append((args[0] if args else kwargs["hidden_states"], out[0] if isinstance(out, tuple) else out))
+
+    for p, target in enumerate(case.run.targets):
+        seen.clear()
+        hooks = [layer.register_forward_hook(keep, with_kwargs=True) for layer in case.decomposition.layers]
+        logits(case.model, torch.tensor([target.tokens]))
+        for hook in hooks:
+            hook.remove()
+        for i, (before, after) in enumerate(seen):
+            update = (after - before)[0, -1].double()
+            written = sum(case.run.trace.write(site)[p].double() for site in case.decomposition.at(i))
+            worst = max(worst, ((written - update).abs().max() / update.abs().max()).item())
+    return worst
+
+
+def telescoping(case: Case) -> float:
+    """Sums of all components against log p at the end less log p at the beginning, in nats."""
+    total = case.frames["layers"].group_by("prompt_id").agg(pl.col("lpi").cast(pl.Float64).sum()).sort("prompt_id")
+    read = case.frames["predictions"].sort("prompt_id").select(pl.col("log_prob") - pl.col("log_prob_h0")).to_series()
+    return (total["lpi"] - read).abs().max()
+
+
+def scores(case: Case) -> float:
+    """LPI of every neuron and head of two prompts against the model's own norm and head in float64."""
+    run, worst = case.run, 0.0
+    reader = references.Reader(case.model, case.path(decoder_of(case.model)), case.path(case.decomposition.norm))
+    for p in (0, 5):
+        prompt = run.prompts["prompt_id"][p]
+        final, target = run.trace.final[p], int(run.target[p])
+        for site in case.sites():
+            base = run.trace.base(site.layer, site.component)[p]
+            for found, vectors in _found(case, site, p, prompt):
+                truth = reader(torch.cat([base[None], base.double() + vectors]), final, target)
+                worst = max(worst, difference(found, truth[1:] - truth[0]))
+    return worst
+
+
+def _found(case: Case, site: Site, p: int, prompt: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """(LPI [n], vectors [n, d]) of the neurons of a site for one prompt, from the tables, and of its heads."""
+    record = case.run.trace.layers[site.layer]
+    listed = case.frames["top_active"].filter(
+        pl.col("prompt_id") == prompt, pl.col("layer") == site.layer, pl.col("component") == site.component
+    )
+    c = record.coefficients[site.name][p].double()
+    if site.kind == "routed":
+        for k, e in enumerate(record.index[p].tolist()):
+            rows = listed.filter(pl.col("kind") == "routed", pl.col("expert") == e).sort("neuron")
+            yield _lpi(rows), c[k, rows["neuron"].to_list(), None] * site.values(e).double()[rows["neuron"].to_list()]
+        return
+    width = site.neurons // max(1, site.heads)
+    rows = listed if site.kind == "attn" else listed.filter(pl.col("kind") == site.kind)
+    numbers = (rows["head"].fill_null(0) * width + rows["neuron"]).to_list()
+    vectors = c[:, None] * site.values().double()
+    yield _lpi(rows), vectors[numbers]
+    if site.heads:
+        heads = case.frames["heads"].filter(pl.col("prompt_id") == prompt, pl.col("layer") == site.layer).sort("head")
+        yield _lpi(heads), vectors.view(site.heads, width, -1).sum(1)
+
+
+def _lpi(rows: pl.DataFrame) -> Tensor:
+    assert len(rows), "every neuron of these models is among the largest"
+    return torch.from_numpy(rows["lpi"].cast(pl.Float64).to_numpy(writable=True))
+
+
+# ---- what is taken away --------------------------------------------------------------------------------------------
+
+
+def neurons(case: Case) -> float:
+    """Zeroed feed-forward neurons against a copy in which they are never computed."""
+    worst, some = 0.0, [3, 0, 17]
+    for site in case.sites("dense", "shared"):
+        with interventions.zeroed(case.decomposition, [Target(site.layer, site.kind, some)]):
+            found = logits(case.model)
+        broken = references.without_neurons(case.model, case.path(site.module), some)
+        worst = max(worst, _moved(case, found, difference(found, logits(broken))))
+    return worst
+
+
+def ablations(case: Case) -> float:
+    """Log-probabilities of ``ablations``, which runs no more than it must, against whole passes, in nats."""
+    run = case.run
+    table = ablation.ablate(case.model, models.tokenizer(), run.prompts, case.frames, seeds=1)["ablations"]
+    plan = selection.plan(case.frames, run.prompts, ("signed",), seeds=1, seed=0)
+    chosen = {(i.site, i.size, i.fold): i for i in plan.interventions if i.control == "none"}
+    worst = 0.0
+    for (site, size, fold), which in chosen.items():
+        rows = table.filter(
+            pl.col("site") == site, pl.col("size") == size, pl.col("fold").eq_missing(fold), pl.col("control") == "none"
+        )
+        expected = dict(rows.select("prompt_id", "log_prob").rows())
+        with interventions.zeroed(case.decomposition, _targets(case, plan.index[site][which.units])):
+            for p in which.prompts.tolist():
+                said = logits(case.model, torch.tensor([run.targets[p].tokens]))[0, -1].double().log_softmax(-1)
+                worst = max(worst, abs(said[run.target[p]].item() - expected[run.prompts["prompt_id"][p]]))
+    assert {site for site, _, _ in chosen} == {"head", "ffn_neuron"}
+    return worst
+
+
+def _targets(case: Case, units: pl.DataFrame) -> list[Target]:
+    if "head" in units.columns:
+        return [interventions.head(case.decomposition, *row) for row in units.select("layer", "head").rows()]
+    rows = units.select("layer", "kind", "expert", "neuron").rows()
+    return [Target(layer, kind, [neuron], expert) for layer, kind, expert, neuron in rows]
+
+
+def experts(case: Case) -> float:
+    """Neurons of an expert, and the whole of it, taken away, against a loop over positions and slots."""
+    some, worst = [3, 0, 17], difference(_slow(case, {}, {}), case_logits(case))
+    for site in case.sites("routed"):
+        e = _popular(case, site)
+        with interventions.zeroed(case.decomposition, [Target(site.layer, "routed", some, e)]):
+            found = logits(case.model)
+        worst = max(worst, _moved(case, found, difference(found, _slow(case, {}, {site.module: {e: some}}))))
+        with interventions.zero_weight(case.decomposition, {site.layer: [e]}):
+            found = logits(case.model)
+        worst = max(worst, _moved(case, found, difference(found, _slow(case, {site.module: {e}}, {}))))
+    return worst
+
+
+def _slow(case: Case, experts: dict, neurons: dict) -> Tensor:
+    with references.slow_experts(case.model, references.Experts(experts, neurons)):
+        return logits(case.model)
+
+
+def heads(case: Case) -> float:
+    """Zeroed heads against attention that gives 0 for them; where a family calls attention otherwise, against their
+    part of what the output matrix reads."""
+    worst = 0.0
+    for site in case.sites("attn"):
+        if not site.heads:
+            continue
+        some = [0, site.heads - 1]
+        cut = [interventions.head(case.decomposition, site.layer, number) for number in some]
+        with interventions.zeroed(case.decomposition, cut):
+            found = logits(case.model)
+        owner = case.model.get_submodule(case.path(site.module).rpartition(".")[0])
+        with references.silent_heads(owner, some) as called:
+            truth = logits(case.model)
+        if not called:
+            width = site.neurons // site.heads
+            silence = lambda m, a, n=width: (torch.cat([a[0][..., :n] * 0, a[0][..., n:-n], a[0][..., -n:] * 0], -1),)  # noqa: E731
+            hook = site.module.register_forward_pre_hook(silence)
+            truth = logits(case.model)
+            hook.remove()
+        worst = max(worst, _moved(case, found, difference(found, truth)))
+    return worst
+
+
+@functools.cache
+def _clean(name: str) -> Tensor:
+    return logits(Case.of(name).model)
+
+
+def case_logits(case: Case) -> Tensor:
+    return _clean(case.name)
+
+
+def _moved(case: Case, found: Tensor, error: float) -> float:
+    """The error of an intervention, which must do something, and leave no trace."""
+    assert not torch.allclose(found, case_logits(case), rtol=1e-4, atol=1e-4), "nothing was taken away"
+    assert torch.equal(logits(case.model), case_logits(case)), "the model did not come back"
+    return error
+
+
+def _popular(case: Case, site: Site) -> int:
+    """The expert that most positions are sent to."""
+    return int(routings(case)[site.layer].index.flatten().bincount(minlength=site.experts).argmax())
+
+
+# ---- routers -------------------------------------------------------------------------------------------------------
+
+
+def routings(case: Case) -> dict[int, routing.Routing]:
+    with watched(case.decomposition) as found:
+        logits(case.model)
+    return found
+
+
+def rerouting(case: Case, how: str) -> float:
+    """The weights of all experts at all positions against a router written by hand; one or two experts blocked (in
+    groups of three with two to choose, one is all that can be), or none."""
+    worst = 0.0
+    for site in case.sites("routed"):
+        blocked = [_popular(case, site)]
+        if case.name in references.RULES and references.RULES[case.name].groups is None:
+            blocked.append((blocked[0] + 1) % site.experts)
+        said = _logits_of(case, site)
+        blocking = interventions.block(case.decomposition, {site.layer: blocked}, how) if how else nullcontext()
+        with blocking, watched(case.decomposition) as found:
+            changed = logits(case.model)
+        expected = by_hand(case, site, said, blocked, how)
+        for position, (index, weight) in enumerate(zip(found[site.layer].index, found[site.layer].weight, strict=True)):
+            mine = dict(zip(index.tolist(), weight.double().tolist(), strict=True))
+            assert mine.keys() == expected[position].keys(), (case.name, how, position)
+            if how in ("reroute", "min_logit"):
+                assert not mine.keys() & set(blocked)
+            worst = max(worst, *(abs(w - expected[position][e]) for e, w in mine.items()))
+        worst = max(worst, _moved(case, changed, 0.0) if how else difference(changed, case_logits(case)))
+    return worst
+
+
+def by_hand(case: Case, site: Site, said: Tensor, blocked: list[int], how: str) -> list[dict[int, float]]:
+    block = case.model.get_submodule(case.path(site.module).rpartition(".")[0])
+    chosen = routings(case)[site.layer].index.shape[1]
+    if case.name == "phimoe":
+        return [references.sparsemixer(z, blocked, how, site.router.router_jitter_noise) for z in said]
+    biases = [(n, t) for n, t in [*block.named_parameters(), *block.named_buffers()] if _corrects(n)]
+    correction = biases[0][1].flatten().double() if biases else torch.zeros(site.experts, dtype=torch.float64)
+    return references.route(references.RULES[case.name], said, correction, chosen, blocked, how)
+
+
+def _corrects(name: str) -> bool:
+    return name.endswith(("correction_bias", "expert_bias"))
+
+
+def _logits_of(case: Case, site: Site) -> Tensor:
+    """The router's logits in float64, from what it reads and its own matrix: [N, E]."""
+    read: list[Tensor] = []
+    hook = site.router.register_forward_pre_hook(lambda m, args: read.append(args[0].detach()))
+    logits(case.model)
+    hook.remove()
+    (matrix,) = (p for p in site.router.parameters() if p.dim() == 2 and p.shape[0] == site.experts)
+    z = read[0].flatten(0, -2).double() @ matrix.detach().double().T
+    bias = next((p for n, p in site.router.named_parameters() if n.endswith("bias") and not _corrects(n)), None)
+    return z if bias is None else z + bias.detach().double()
+
+
+def forcing(case: Case) -> float:
+    """An expert forced at every position against a loop over positions that adds it, or sets its weight."""
+    worst = 0.0
+    for site in case.sites("routed"):
+        chosen = routings(case)[site.layer].index
+        e = int((chosen.flatten().bincount(minlength=site.experts) - IDS.numel() // 2).abs().argmin())
+        given = torch.linspace(0.1, 0.9, IDS.numel())
+        with interventions.force(case.decomposition, site.layer, e, given):
+            found = logits(case.model)
+
+        def added(module: nn.Module, args: tuple, out: Tensor, e=e, given=given) -> Tensor:
+            hidden, index, weight = args
+            out = out.clone()
+            for n in range(len(hidden)):
+                own = sum(w.item() for j, w in zip(index[n].tolist(), weight[n], strict=True) if j == e)
+                alone = references.Experts({}, {}).forward(
+                    module, hidden[n : n + 1], torch.tensor([[e]]), torch.ones(1, 1)
+                )
+                out[n] += (given[n].item() - own) * alone[0]
+            return out
+
+        hook = site.module.register_forward_hook(added)
+        with torch.no_grad():
+            truth = logits(case.model)
+        hook.remove()
+        assert 0 < (chosen == e).sum() < IDS.numel(), "chosen at some positions, not at all"
+        worst = max(worst, _moved(case, found, difference(found, truth)))
+    return worst
+
+
+# ---- batches and implementations -----------------------------------------------------------------------------------
+
+
+def batches(case: Case) -> float:
+    """Coefficients, residuals and logits of prompts padded on the right and on the left against each alone."""
+    tokens = [target.tokens for target in case.run.targets]
+    longest = max(map(len, tokens))
+    left = torch.tensor([[0] * (longest - len(ids)) + list(ids) for ids in tokens])
+    mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in tokens])
+    padded = case.decomposition.trace([(torch.arange(len(tokens)), left, mask)])
+    worst = 0.0
+    for p, ids in enumerate(tokens):
+        alone = case.decomposition.trace(clean.batched([ids], torch.device("cpu")))
+        for together in (case.run.trace, padded):
+            worst = max(worst, difference(together.logits[p], alone.logits[0]))
+            for mine, other in zip(together.layers, alone.layers, strict=True):
+                worst = max(worst, difference(mine.residual_out[p], other.residual_out[0]))
+                for name, c in other.coefficients.items():
+                    worst = max(worst, difference(mine.coefficients[name][p], c[0]))
+                if other.index is not None:
+                    assert torch.equal(mine.index[p], other.index[0])
+    return worst
+
+
+def implementations(case: Case) -> float:
+    """Logits, weights and LPI under each way that transformers has to run experts, against the default."""
+    model, worst = case.model, 0.0
+    before = model.config._experts_implementation
+    for name in ("eager", "grouped_mm", "batched_mm"):
+        model.set_experts_implementation(name)
+        try:
+            worst = max(worst, difference(logits(model), case_logits(case)))
+            frames = attribution.attribute(model, models.tokenizer(), models.prompts())
+        finally:
+            model.set_experts_implementation(before)
+        for table, column in (("ffn_neurons", "importance"), ("routing", "weight"), ("predictions", "log_prob")):
+            mine, default = (torch.from_numpy(f[table][column].to_numpy(writable=True)) for f in (frames, case.frames))
+            worst = max(worst, difference(mine, default))
+        assert frames["routing"]["slot"].equals(case.frames["routing"]["slot"])
+    return worst
+
+
+# ---- the table of the documentation --------------------------------------------------------------------------------
+
+Measure = Callable[[Case], float]
+
+#: What is measured of every family, of those that route and of sequential ones; the largest error that may be found.
+EVERYWHERE: dict[str, tuple[Measure, float]] = {
+    "identity": (identity, 1e-5),
+    "LPI": (scores, 1e-5),
+    "neurons": (neurons, 1e-5),
+    "heads": (heads, 2e-5),
+    "ablations": (ablations, 1e-4),
+    "batches": (batches, 5e-5),
+}
+WHERE_ROUTED: dict[str, tuple[Measure, float]] = {
+    "routing": (functools.partial(rerouting, how=""), 1e-5),
+    "experts": (experts, 2e-5),
+    **{way: (functools.partial(rerouting, how=way), 1e-5) for way in WAYS},
+    "force": (forcing, 1e-4),
+    "implementations": (implementations, 5e-5),
+}
+SEQUENTIAL: dict[str, tuple[Measure, float]] = {"telescoping": (telescoping, 2e-5)}
+
+
+def measures(case: Case) -> dict[str, tuple[Measure, float]]:
+    """What is measured of a family."""
+    routed = WHERE_ROUTED if case.sites("routed") else {}
+    return EVERYWHERE | routed | ({} if case.parallel else SEQUENTIAL)
