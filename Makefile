@@ -1,5 +1,5 @@
-# make run | resume | plan | catalog | first-figure | report | test | test-soak | lint | bench | bench-run; every target
-# sets up .venv first, once.
+# make run | resume | plan | catalog | first-figure | report | test | test-soak | families | lint | bench | bench-run;
+# every target sets up .venv first, once.
 PYTHON ?= python3.11
 CORES ?= all
 # More arguments for Snakemake or pytest: make run ARGS="--configfile configs/bring-your-own.yaml"
@@ -10,7 +10,7 @@ READY := .venv/.ready
 FIRST := results/figures/attribution/tiny-olmoe/accuracy.png
 SNAKEFILES := Snakefile workflow/Snakefile workflow/rules
 
-.PHONY: setup run resume plan catalog test test-soak lint bench bench-run report first-figure
+.PHONY: setup run resume plan catalog test test-soak families lint bench bench-run report first-figure
 .DEFAULT_GOAL := run
 
 setup: $(READY)
@@ -53,6 +53,10 @@ test: $(READY)
 # Runs that are killed again and again, full disks, runs beside one another.
 test-soak: $(READY)
 	$(BIN)/pytest -m soak $(ARGS)
+
+# Measure every family of models and write docs/families.md.
+families: $(READY)
+	$(BIN)/python -m tests.model.support_table docs/families.md
 
 lint: $(READY)
 	$(BIN)/ruff check

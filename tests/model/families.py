@@ -401,6 +401,13 @@ WHERE_ROUTED: dict[str, tuple[Measure, float]] = {
 SEQUENTIAL: dict[str, tuple[Measure, float]] = {"telescoping": (telescoping, 2e-5)}
 
 
+@functools.cache
+def measured(name: str, measure: str) -> float:
+    """The error of a family."""
+    case = Case.of(name)
+    return measures(case)[measure][0](case)
+
+
 def measures(case: Case) -> dict[str, tuple[Measure, float]]:
     """What is measured of a family."""
     routed = WHERE_ROUTED if case.sites("routed") else {}

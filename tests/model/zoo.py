@@ -265,6 +265,19 @@ REFUSED: dict[str, dict] = {
         "global_head_dim": 12,
     },
 }
+#: What they do that leaves no stream of contributions, or none that is found.
+OTHERWISE = {
+    "bloom_post_norm": "adds to the normed residual, which is no sum any more",
+    "opt_post_norm": "norms the stream itself, after every addition (the 350m model)",
+    "minimax": "adds to the normed residual, scaled (Text-01; minimax_m2 works)",
+    "longcat_flash": "two attentions and two feed-forward parts a layer, with a mixture across them",
+    "falcon_h1": "attention and a state space side by side: their neurons would go by the same numbers",
+    "mamba2": "no feed-forward part, nothing that corresponds to the studies",
+    "jetmoe": "a mixture of attention heads; experts in a module of their own kind",
+    "llama4_text": "the router scales what experts read, not what they write; no common experts module",
+    "dbrx": "no common experts module; attention and norms in one block",
+    "gemma4_moe": "two feed-forward parts, each behind a norm of its own, summed and normed again",
+}
 #: Families whose configurations go by names of their own, which ``SHAPE`` would contradict.
 _OWN_NAMES = {"gpt2", "gpt_bigcode", "gptj", "codegen", "mpt", "xglm", "bloom", "dbrx"}
 _COMMON = {"vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}

@@ -337,11 +337,10 @@ class Trace:
             raise DecompositionError(f"{name}: layer {twice[0]} has two {twice[1]} parts; not supported")
         error = self.error()
         if not error <= TOLERANCE:
-            why = "; ".join(dict.fromkeys([*self.oddities, *self._uncalled()]))
+            odd = next((f", perhaps because {oddity}" for oddity in [*self.oddities, *self._uncalled()]), "")
             raise DecompositionError(
                 f"{name}: contributions miss the residual stream by {error:.1e} of a layer's update (allowed: "
-                f"{TOLERANCE:.0e}){why and f', perhaps because {why}'}; this architecture or these weights are not "
-                "supported"
+                f"{TOLERANCE:.0e}){odd}; this architecture or these weights are not supported"
             )
         if missing := {"attn", "ffn"} - {site.component for site in self.decomposition.sites}:
             raise DecompositionError(f"{name}: no layer has a part of kind {missing.pop()}; not supported")
