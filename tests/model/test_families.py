@@ -256,3 +256,14 @@ def test_neurons_of_a_mixer_without_heads_have_no_head():
     per_layer = frames["attn_neurons"].group_by("layer").agg(pl.col("head").null_count() == pl.len()).sort("layer")
     assert per_layer["head"].to_list() == [True, False, True]
     assert frames["heads"]["layer"].unique().to_list() == [1]
+
+
+def test_a_half_that_a_layer_lacks_adds_nothing():
+    """Layers of one part each: a row for both halves of every layer all the same."""
+    case = families.Case.of("nemotron_h")
+    layers = case.frames["layers"]
+    assert len(layers) == len(case.run.prompts) * len(case.decomposition.layers) * 2
+    there = {(i, half) for i in range(len(case.decomposition.layers)) for half in case.decomposition.components(i)}
+    sizes = layers.group_by("layer", "component").agg(pl.col("lpi").abs().max())
+    assert {(i, half) for i, half, size in sizes.rows() if size > 0} == there
+    assert len(there) == len(case.decomposition.layers)

@@ -100,6 +100,9 @@ def _score(run: CleanRun, scores: Scores, plan: memory.Plan, stages: Stages, pro
             known = i + 1 < len(read) and torch.equal(residual, read[i + 1])
             after = before[i + 1] if known else run.readout.log_prob(residual)
         scores.components.append((*half, after - before[i]))
+    for layer in range(len(trace.layers)):  # a half that a layer does not have adds nothing
+        for missing in set(tables.COMPONENTS) - set(run.decomposition.components(layer)):
+            scores.components.append((layer, missing, torch.zeros_like(before[0])))
 
 
 def _score_component(
