@@ -383,22 +383,24 @@ def implementations(case: Case) -> float:
 Measure = Callable[[Case], float]
 
 #: What is measured of every family, of those that route and of sequential ones; the largest error that may be found.
+#: Contributions and scores are held to what is promised of them. Logits of random models amplify what float32 rounds
+#: differently from kernel to kernel, up to 1e-5; what is really wrong is off by a hundredth at least.
 EVERYWHERE: dict[str, tuple[Measure, float]] = {
     "identity": (identity, 1e-5),
     "LPI": (scores, 1e-5),
-    "neurons": (neurons, 1e-5),
-    "heads": (heads, 2e-5),
-    "ablations": (ablations, 1e-4),
-    "batches": (batches, 5e-5),
+    "neurons": (neurons, 1e-4),
+    "heads": (heads, 1e-4),
+    "ablations": (ablations, 2e-4),
+    "batches": (batches, 2e-4),
 }
 WHERE_ROUTED: dict[str, tuple[Measure, float]] = {
-    "routing": (functools.partial(rerouting, how=""), 1e-5),
-    "experts": (experts, 2e-5),
-    **{way: (functools.partial(rerouting, how=way), 1e-5) for way in WAYS},
-    "force": (forcing, 1e-4),
-    "implementations": (implementations, 5e-5),
+    "routing": (functools.partial(rerouting, how=""), 5e-5),
+    "experts": (experts, 1e-4),
+    **{way: (functools.partial(rerouting, how=way), 5e-5) for way in WAYS},
+    "force": (forcing, 2e-4),
+    "implementations": (implementations, 2e-4),
 }
-SEQUENTIAL: dict[str, tuple[Measure, float]] = {"telescoping": (telescoping, 2e-5)}
+SEQUENTIAL: dict[str, tuple[Measure, float]] = {"telescoping": (telescoping, 5e-5)}
 
 
 @functools.cache
