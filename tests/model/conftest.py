@@ -1,4 +1,4 @@
-"""What every test of this tier leaves as it found it."""
+"""What every test of this tier finds, and leaves as it found it."""
 
 from collections.abc import Iterator
 
@@ -6,8 +6,17 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Models are so tiny that a second thread only waits, for minutes where the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(autouse=True)
-def default_dtype() -> Iterator[None]:
+def _default_dtype() -> Iterator[None]:
     """transformers sets it while it builds a model; left behind, it would spoil whatever test comes next."""
     yield
     found = torch.get_default_dtype()

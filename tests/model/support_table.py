@@ -6,6 +6,7 @@ import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 import transformers
 
 from moescope import files
@@ -142,6 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     path = parser.parse_args().path
+    torch.set_num_threads(1)  # models are so tiny that a second thread only waits
     with files.atomic(path) as temporary:
         temporary.write_text(text(), encoding="utf-8")
 
