@@ -15,7 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor, nn
 
-from moescope import ablation, attribution, clean, interventions, precision, routing, selection
+from moescope import ablation, attribution, clean, faithfulness, interventions, precision, routing, selection, targets
 from moescope.clean import CleanRun
 from moescope.decomposition import Decomposition, Site, decoder_of
 from moescope.interventions import Target
@@ -57,14 +57,37 @@ class Case:
     @property
     def parallel(self) -> bool:
         """Whether both halves of a layer read the same residual."""
-        trace, halves = self.run.trace, ("attn", "ffn")
-        both = [i for i in range(len(trace.layers)) if set(halves) <= set(self.decomposition.components(i))]
-        return any(torch.equal(*(trace.base(i, half) for half in halves)) for i in both)
+        return self.name in zoo.PARALLEL
+
+    @functools.cached_property
+    def entering(self) -> list[Tensor]:
+        """What every layer reads at the last position of the prompts, each run alone: [P, d] per layer."""
+        return [torch.stack(rows) for rows in zip(*map(self._alone, self.run.targets), strict=True)]
+
+    def _alone(self, target: targets.Target) -> list[Tensor]:
+        seen: list[Tensor] = []
+        keep = lambda m, a, k: seen.append((a[0] if a else k["hidden_states"])[0, -1])  # noqa: E731
+        hooks = [m.register_forward_pre_hook(keep, with_kwargs=True) for m in self.decomposition.layers]
+        logits(self.model, torch.tensor([target.tokens]))
+        for hook in hooks:
+            hook.remove()
+        return seen
+
+    def base(self, layer: int, component: str) -> Tensor:
+        """The residual that half a layer reads: the layer's, with what attention wrote unless they are parallel."""
+        if component == "attn" or self.parallel or "attn" not in self.decomposition.components(layer):
+            return self.entering[layer]
+        return self.entering[layer] + self.run.trace.component_write(layer, "attn")
 
 
 def logits(model: nn.Module, ids: Tensor = IDS, **options: object) -> Tensor:
     with torch.no_grad():
         return model(ids, use_cache=False, **options).logits
+
+
+def layer_of(decomposition: Decomposition) -> int:
+    """The first layer that routes."""
+    return next(site.layer for site in decomposition.sites if site.kind == "routed")
 
 
 def difference(one: Tensor, other: Tensor) -> float:
@@ -109,7 +132,7 @@ def scores(case: Case) -> float:
         prompt = run.prompts["prompt_id"][p]
         final, target = run.trace.final[p], int(run.target[p])
         for site in case.sites():
-            base = run.trace.base(site.layer, site.component)[p]
+            base = case.base(site.layer, site.component)[p]
             for found, vectors in _found(case, site, p, prompt):
                 truth = reader(torch.cat([base[None], base.double() + vectors]), final, target)
                 worst = max(worst, difference(found, truth[1:] - truth[0]))
@@ -184,6 +207,42 @@ def _targets(case: Case, units: pl.DataFrame) -> list[Target]:
     return [Target(layer, kind, [neuron], expert) for layer, kind, expert, neuron in rows]
 
 
+def effects(case: Case) -> float:
+    """What single neurons are worth at the last position, run again from there, against whole passes, in nats."""
+    run, worst = case.run, 0.0
+    with torch.no_grad(), precision.computing_in_float32(case.model):
+        found = faithfulness.faithfulness(run, case.frames, 24)["faithfulness_prompts"]
+    row_of = {prompt: p for p, prompt in enumerate(run.prompts["prompt_id"])}
+    rows = found.filter(pl.col("prompt_id").is_in(run.prompts["prompt_id"][0:9:4]))
+    assert len(rows) > 10
+    for row in rows.to_dicts():
+        p = row_of[row["prompt_id"]]
+        ids, target = torch.tensor([run.targets[p].tokens]), run.target[p]
+        (site,) = case.decomposition.at(row["layer"], row["kind"])
+
+        def lessen(module: nn.Module, args: tuple, out: Tensor, row=row) -> Tensor:
+            last = args[0].flatten(0, -2)[-1]
+            if row["kind"] == "routed":
+                weight = (args[2][-1] * (args[1][-1] == row["expert"])).sum()
+                neuron = weight * references._neurons(module, row["expert"], last)[row["neuron"]]
+                down = module.down_proj[row["expert"]]
+                value = down[row["neuron"]] if module.is_transposed else down[:, row["neuron"]]
+            else:
+                rows = module.weight if isinstance(module, nn.Linear) else module.weight.T
+                neuron, value = last[row["neuron"]], rows[:, row["neuron"]]
+            out = out.clone()
+            out.view(-1, out.shape[-1])[-1] -= neuron * value
+            return out
+
+        before = logits(case.model, ids)[0, -1].double().log_softmax(-1)[target]
+        hook = site.module.register_forward_hook(lessen)
+        with torch.no_grad():
+            after = logits(case.model, ids)[0, -1].double().log_softmax(-1)[target]
+        hook.remove()
+        worst = max(worst, abs(row["effect"] - (before - after).item()))
+    return worst
+
+
 def experts(case: Case) -> float:
     """Neurons of an expert, and the whole of it, taken away, against a loop over positions and slots."""
     some, worst = [3, 0, 17], difference(_slow(case, {}, {}), case_logits(case))
@@ -210,7 +269,8 @@ def heads(case: Case) -> float:
     for site in case.sites("attn"):
         if not site.heads:
             continue
-        some = [0, site.heads - 1]
+        assert site.heads == 4
+        some = [0, 3]
         cut = [interventions.head(case.decomposition, site.layer, number) for number in some]
         with interventions.zeroed(case.decomposition, cut):
             found = logits(case.model)
@@ -218,7 +278,7 @@ def heads(case: Case) -> float:
         with references.silent_heads(owner, some) as called:
             truth = logits(case.model)
         if not called:
-            width = site.neurons // site.heads
+            width = site.neurons // 4  # all of the zoo have four
             silence = lambda m, a, n=width: (torch.cat([a[0][..., :n] * 0, a[0][..., n:-n], a[0][..., -n:] * 0], -1),)  # noqa: E731
             hook = site.module.register_forward_pre_hook(silence)
             truth = logits(case.model)
@@ -391,6 +451,7 @@ EVERYWHERE: dict[str, tuple[Measure, float]] = {
     "neurons": (neurons, 1e-4),
     "heads": (heads, 1e-4),
     "ablations": (ablations, 2e-4),
+    "effects": (effects, 2e-4),
     "batches": (batches, 2e-4),
 }
 WHERE_ROUTED: dict[str, tuple[Measure, float]] = {

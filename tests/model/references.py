@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -143,13 +144,15 @@ def silent_heads(module: nn.Module, heads: list[int]) -> Iterator[list[bool]]:
 
         return attend
 
-    for name, function in known.items():
+    own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    for name, function in {**known, **({"eager": own} if own else {})}.items():
         ALL_ATTENTION_FUNCTIONS.register(name, silenced(function))
     try:
         yield called
     finally:
         for name, function in known.items():
             ALL_ATTENTION_FUNCTIONS.register(name, function)
+        ALL_ATTENTION_FUNCTIONS._global_mapping.pop("eager", None)
 
 
 # ---- routers, by hand ----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from moescope import files
 from moescope.errors import MoescopeError
 from moescope.interventions import InterventionError
 from moescope.models import require_fit
+from moescope.replay import ReplayError
 from tests.model import families, zoo
 
 #: Columns of errors: heading, and the measures whose largest stands there.
@@ -21,7 +22,7 @@ COLUMNS = {
     "LPI": ("LPI", "telescoping"),
     "neurons": ("neurons", "experts"),
     "heads": ("heads",),
-    "ablation": ("ablations",),
+    "ablation": ("ablations", "effects"),
     "routers": ("routing", *families.WAYS, "force"),
     "batches": ("batches",),
     "kernels": ("implementations",),
@@ -36,8 +37,10 @@ that is not listed is not guessed at either: it is refused unless its residual s
 - **LPI**: scores of every neuron and head against the model's own norm and head in float64; sums of sequential layers
   against the model's log-probability (nats).
 - **neurons**, **heads**: logits with some of them zeroed, against copies that never compute them, experts that are run
-  position by position, attention that gives 0.
-- **ablation**: log-probabilities of the ablation table, which runs no more than it must, against whole passes (nats).
+  position by position, attention that gives 0 (where a family does not call it by name, their part of what the output
+  matrix reads).
+- **ablation**: log-probabilities of the ablation table, which runs no more than it must, and effects of single neurons,
+  run again from the last position, against whole passes (nats).
 - **routers**: the weights of all experts, clean, blocked in four ways (`reroute`, `reroute_logit`, `min_logit`,
   `zero_weight`) and forced, against rules written by hand.
 - **batches**: coefficients, residuals and logits with padding on the right and on the left, against prompts alone.
@@ -49,6 +52,7 @@ What asks for care:
 
 - *norm behind*: a contribution is exact as a share of what was written, at the norm's measured scale; without the
   neuron the scale would be another (ablation runs the model again, and knows).
+- a norm between the neurons or heads and their output matrix (BitNet; not listed) is taken at its measured scale too.
 - *parallel*: both halves of a layer read the same residual, so that the scores of halves do not add up.
 - *soft-capped logits*: every score is evaluated directly, which takes longer.
 - *no heads*: layers whose mixer is a state space or a convolution; their neurons have no head.
@@ -82,7 +86,7 @@ def measured(name: str) -> Row:
     for measure, (_, tolerance) in families.measures(case).items():
         try:
             found[measure] = families.measured(name, measure)
-        except InterventionError:
+        except (InterventionError, ReplayError):
             remarks.append(f"no `{measure}`")
             continue
         if not found[measure] <= tolerance:

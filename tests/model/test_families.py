@@ -9,16 +9,19 @@ import transformers
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from moescope import interventions
+from moescope import attribution, interventions
 from moescope.decomposition import Decomposition, DecompositionError
 from moescope.interventions import InterventionError
 from moescope.models import require_fit
+from moescope.readout import ReadoutError
+from moescope.replay import ReplayError
 from moescope.routing import watched
 from tests.examples import ROOT
-from tests.model import families, references, support_table, zoo
+from tests.model import families, models, references, support_table, zoo
 
-#: What a family cannot do, and says so: its router makes no choice of the top k.
-IMPOSSIBLE = {("phimoe", "reroute")}
+#: What a family cannot do, and says so: its router makes no choice of the top k; its last position is another one when
+#: it is run by itself, in transformers as in ours.
+IMPOSSIBLE = {("phimoe", "reroute"), ("bamba", "effects")}
 CASES = [(name, measure) for name in zoo.ZOO for measure in (*families.EVERYWHERE, *families.SEQUENTIAL)]
 CASES += [(name, measure) for name in [*references.RULES, "phimoe"] for measure in families.WHERE_ROUTED]
 
@@ -56,6 +59,11 @@ def test_a_router_without_a_top_k_choice_says_so():
     assert torch.equal(families.logits(case.model), families.case_logits(case))
 
 
+def test_a_last_position_that_cannot_be_run_by_itself_says_so():
+    with pytest.raises(ReplayError, match="BambaForCausalLM: a pass taken up in the middle misses the whole one by"):
+        families.effects(families.Case.of("bamba"))
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------
 
 #: What is said of a model that does not fit.
@@ -65,6 +73,7 @@ REFUSALS = {
     "opt_post_norm": "OPTForCausalLM: no final norm was found",
     "minimax": r"MiniMaxForCausalLM: contributions miss the residual stream by \d\S+ of a layer's update",
     "longcat_flash": "LongcatFlashForCausalLM: layer 0 has two attn parts",
+    "nemotron_h_latent": r"NemotronHForCausalLM: what its layers do cannot be followed \(",
     "falcon_h1": "FalconH1ForCausalLM: layer 0 has two attn parts",
     "mamba2": "Mamba2ForCausalLM: no layer has a part of kind ffn",
     "jetmoe": "JetMoeForCausalLM: no matrix that writes to the residual stream was found",
@@ -117,15 +126,11 @@ def case(request) -> families.Case:
     return families.Case.of(request.param)
 
 
-def layer_of(case: families.Case) -> int:
-    return case.sites("routed")[0].layer
-
-
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("how", [*families.WAYS, "force"])
 def test_a_router_comes_back_after_an_exception(case: families.Case, how: str, error: type[BaseException]):
     """In the middle of a forward pass too, one intervention within another."""
-    layer, decomposition = layer_of(case), case.decomposition
+    layer, decomposition = families.layer_of(case.decomposition), case.decomposition
     stored = [p.clone() for p in case.model.parameters()]
 
     def intervene():
@@ -267,3 +272,138 @@ def test_a_half_that_a_layer_lacks_adds_nothing():
     sizes = layers.group_by("layer", "component").agg(pl.col("lpi").abs().max())
     assert {(i, half) for i, half, size in sizes.rows() if size > 0} == there
     assert len(there) == len(case.decomposition.layers)
+
+
+# ---- what no family of the zoo shows -------------------------------------------------------------------------------
+
+
+def attention(name: str, **over: object) -> list[tuple[int, int]]:
+    """(heads, width of one) in every layer."""
+    sites = Decomposition(zoo.build(name, **over)).sites
+    return [(site.heads, site.neurons // site.heads) for site in sites if site.kind == "attn"]
+
+
+def test_heads_are_those_of_the_layer():
+    """More of them in one layer than in another, values narrower than keys, two heads that one norm joins."""
+    over = {**zoo.MOE, "head_dim": 8, "shared_expert_intermediate_size": 24}
+    assert attention("laguna", **over, num_attention_heads_per_layer=[4, 6, 4]) == [(4, 8), (6, 8), (4, 8)]
+    assert attention("deepseek_v3") == [(4, 6)] * 3
+    assert attention("diffllama") == [(2, 16)] * 3
+
+
+def test_a_normalised_weight_of_one_expert_tells_nothing():
+    model = zoo.build("deepseek_v3", num_experts_per_tok=1)
+    with watched(Decomposition(model)) as found:
+        families.logits(model)
+    assert found[1].probability is None
+    with pytest.raises(ValueError, match="no shares of a probability"):
+        found[1].weight_of(2)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe", "mixtral", "deepseek_v3", "gpt_oss"])
+def test_the_weight_an_expert_would_have_is_known_in_bfloat16_too(name: str):
+    """What a notebook does with a model as it is stored; rounded weights are shares all the same."""
+    model = zoo.build(name, dtype=torch.bfloat16)
+    decomposition = Decomposition(model)
+    with watched(decomposition) as found:
+        families.logits(model)
+    layer = families.layer_of(decomposition)
+    routing, e = found[layer], int(found[layer].index[0, 0])
+    where = routing.index == e
+    assert torch.allclose(routing.weight_of(e)[where.any(1)], routing.weight[where].float(), rtol=2e-2)
+    with interventions.force(decomposition, layer, e, routing.weight_of(e)):
+        families.logits(model)
+
+
+def test_forcing_twice_is_forcing_once():
+    case = families.Case.of("olmoe")
+    with interventions.force(case.decomposition, 1, 3, 0.5):
+        once = families.logits(case.model)
+        with interventions.force(case.decomposition, 1, 3, 0.5):
+            assert torch.equal(families.logits(case.model), once)
+        with interventions.force(case.decomposition, 1, 3, 0.7):
+            last = families.logits(case.model)
+    with interventions.force(case.decomposition, 1, 3, 0.7):
+        assert families.difference(families.logits(case.model), last) < 1e-5
+
+
+def test_tables_of_a_model_with_a_forced_expert_say_so():
+    case = families.Case.of("olmoe")
+    with interventions.force(case.decomposition, 1, 3, 0.7):
+        frames = attribution.attribute(case.model, models.tokenizer(), models.prompts())
+    forced = frames["routing"].filter(pl.col("layer") == 1, pl.col("expert") == 3)
+    assert forced["weight"].to_list() == pytest.approx([0.7] * len(case.run.prompts))
+    active = frames["ffn_neurons"].filter(pl.col("layer") == 1, pl.col("expert") == 3)["active"]
+    assert set(active) == {len(case.run.prompts)}
+
+
+def test_what_is_watched_is_what_is_used_whoever_came_first():
+    case = families.Case.of("olmoe")
+    best = int(families.routings(case)[1].index[0, 0])
+    with watched(case.decomposition) as found, interventions.zero_weight(case.decomposition, {1: [best]}):
+        families.logits(case.model)
+    assert not found[1].weight[found[1].index == best].any()
+
+
+def test_a_router_that_softens_its_logits_is_not_rerouted_by_logit():
+    """A cap makes a finite number of -inf: such an expert would keep a weight."""
+    over = {**zoo.MOE, "head_dim": 8, "shared_expert_intermediate_size": 24, "moe_router_logit_softcapping": 0.1}
+    model = zoo.build("laguna", **over)
+    decomposition = Decomposition(model)
+    layer = families.layer_of(decomposition)
+    favoured = int(decomposition.at(layer, "routed")[0].router.e_score_correction_bias.argmax())
+    with (
+        pytest.raises(InterventionError, match="gives them a weight all the same"),
+        interventions.reroute_logit(decomposition, {layer: [favoured]}),
+    ):
+        families.logits(model)
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (torch.zeros(3, 2), "their router does not say what it chose"),
+        ((torch.zeros(3, 6), torch.full((3, 2), torch.nan), torch.ones(3, 2).long()), "weights that are no numbers"),
+    ],
+)
+def test_a_router_that_says_something_else_is_refused(said: object, message: str):
+    decomposition = Decomposition(zoo.build("olmoe"))
+    router = decomposition.at(1, "routed")[0].router
+    logits, router.forward = router.forward, lambda hidden: (logits(hidden), said)[1]
+    with (
+        pytest.raises(InterventionError, match=message),
+        interventions.min_logit(decomposition, {1: [0]}),
+    ):
+        router(torch.zeros(3, 32))
+
+
+def test_a_part_that_reads_a_copy_of_a_normed_residual_is_refused():
+    """Its own numbers would be right, but not the residual that scores are read from."""
+    model = zoo.build("llama")
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda m, args: (args[0] * 1.0,))
+    with pytest.raises(DecompositionError, match="layer 0: its ffn part does not read the residual stream as it is"):
+        require_fit(model)
+
+
+def test_a_layer_that_is_run_twice_is_refused():
+    model = zoo.build("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(DecompositionError, match="what layer 0 leaves is not what comes next"):
+        require_fit(model)
+
+
+def test_logits_that_no_residual_explains_are_refused_on_load():
+    model = zoo.build("llama")
+    model.lm_head.register_forward_hook(lambda m, args, out: out + 0.01 * out.square())
+    with pytest.raises(ReadoutError, match="logits are not an affine map"):
+        require_fit(model)
+
+
+def test_one_layer_whose_weights_are_no_shares_is_enough_to_know_none():
+    case = families.Case.of("olmoe")
+    trace = case.decomposition.trace(case.run.batches)
+    trace.layers[2].weight = trace.layers[2].weight.square()
+    trace.scoring = None
+    trace.read_routers()
+    assert trace.scoring is None

@@ -212,6 +212,11 @@ ZOO: dict[str, dict] = {
     "cohere2_moe": MOE,
     "cohere2_moe_sigmoid": {**MOE, "_type": "cohere2_moe", "expert_selection_fn": "sigmoid"},
 }
+#: Those whose attention and feed-forward part read the same residual.
+PARALLEL = {
+    *("gpt_neox", "gptj", "codegen", "phi", "falcon", "cohere", "cohere2"),
+    *("cohere2_moe", "cohere2_moe_sigmoid"),
+}
 #: Families and variants that do not fit.
 REFUSED: dict[str, dict] = {
     "bloom_post_norm": {
@@ -265,12 +270,14 @@ REFUSED: dict[str, dict] = {
         "global_head_dim": 12,
     },
 }
+REFUSED["nemotron_h_latent"] = {**ZOO["nemotron_h"], "_type": "nemotron_h", "moe_latent_size": 16}
 #: What they do that leaves no stream of contributions, or none that is found.
 OTHERWISE = {
     "bloom_post_norm": "adds to the normed residual, which is no sum any more",
     "opt_post_norm": "norms the stream itself, after every addition (the 350m model)",
     "minimax": "adds to the normed residual, scaled (Text-01; minimax_m2 works)",
     "longcat_flash": "two attentions and two feed-forward parts a layer, with a mixture across them",
+    "nemotron_h_latent": "experts read and write a smaller stream of their own, which is projected back",
     "falcon_h1": "attention and a state space side by side: their neurons would go by the same numbers",
     "mamba2": "no feed-forward part, nothing that corresponds to the studies",
     "jetmoe": "a mixture of attention heads; experts in a module of their own kind",

@@ -347,6 +347,9 @@ class Trace:
         for layer in range(len(self.layers)):
             for component, sites in self.decomposition.components(layer).items():
                 self._require_base(f"{name}: layer {layer}: its {component} part", layer, sites)
+            after = self.layers[layer + 1].residual_in if layer + 1 < len(self.layers) else self.final
+            if not _near(self.layers[layer].residual_out, after):
+                raise DecompositionError(f"{name}: what layer {layer} leaves is not what comes next; not supported")
         return error
 
     def _uncalled(self) -> Iterator[str]:
@@ -361,23 +364,35 @@ class Trace:
             raise DecompositionError(f"{what} does not read the residual stream as it is; not supported")
         if any(not torch.equal(base, bases[0]) for base in bases):
             raise DecompositionError(f"{what} reads two residuals; not supported")
+        entering = self.layers[layer].residual_in
+        halves = self.decomposition.components(layer)
+        between = (entering + self.component_write(layer, half) for half in halves)
+        if not any(_near(bases[0], residual) for residual in (entering, *between)):
+            raise DecompositionError(f"{what} does not read the residual stream as it is; not supported")
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    return bool((one - other).abs().max() <= 10 * TOLERANCE * other.abs().max())
 
 
 def scoring_of(choices: list[tuple[Tensor, Tensor, Tensor]]) -> str | None:
-    """Which of ``SCORINGS`` explains the choices of all layers, each (what the router says [N, E], index and weight
-    [N, K] of the experts that are used); None: none of them."""
-    return next((name for name, scoring in SCORINGS.items() if all(_gives_shares(scoring, *c) for c in choices)), None)
+    """The one of ``SCORINGS`` that explains the choices of all layers, each (what the router says [N, E], index and
+    weight [N, K] of the experts that are used); None where none does, or more than one (of a single expert whose weight
+    is normalised, nothing can be told)."""
+    found = [name for name, scoring in SCORINGS.items() if all(_gives_shares(scoring, *c) for c in choices)]
+    return found[0] if len(found) == 1 else None
 
 
 def _gives_shares(scoring: Callable[[Tensor], Tensor], router: Tensor, index: Tensor, weight: Tensor) -> bool:
     """Whether the weights really used are the scores of the chosen experts, all times one number, or each position's
     divided by their sum and times one number."""
-    chosen = scoring(router).gather(1, index)
+    rounding = max(1e-3, 4 * torch.finfo(weight.dtype).eps)
+    chosen, weight = scoring(router.float()).gather(1, index), weight.float()
     shares = [x / x.sum(1, keepdim=True) for x in (chosen, weight)]
-    if (chosen < 0).any() or not torch.allclose(*shares, rtol=1e-3, atol=1e-5):
+    if (chosen < 0).any() or not torch.allclose(*shares, rtol=rounding, atol=1e-5):
         return False
     factors = (weight.sum(1), weight.sum(1) / chosen.sum(1))
-    return any(torch.allclose(factor, factor[:1].expand_as(factor), rtol=1e-3) for factor in factors)
+    return any(torch.allclose(factor, factor[:1].expand_as(factor), rtol=rounding) for factor in factors)
 
 
 def routed_rows(index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -407,18 +422,30 @@ def _sites(index: int, layer: nn.Module, config: object) -> Iterator[Site]:
         elif leaf in WRITERS and getattr(module, "weight", None) is not None and module.weight.dim() == 2:
             mixes = MIXER.search(branch) and not (leaf in FEED_FORWARD or any(_is_experts(m) for m in block.modules()))
             if mixes:
-                yield Site(index, "attn", name, module, heads=_heads(owner, config))
+                site = Site(index, "attn", name, module)
+                site.heads = _heads(owner, site.neurons, config)
+                yield site
             else:
                 gate = getattr(block, "shared_expert_gate", None)
                 yield Site(index, "shared" if routes else "dense", name, module, gate=gate)
 
 
-def _heads(mixer: nn.Module, config: object) -> int:
-    """Heads of what mixes tokens: of attention, or of linear attention, which counts those of its values. State space
-    models and convolutions (which pass their input through a convolution, as linear attention does) have none."""
+def _heads(mixer: nn.Module, neurons: int, config: object) -> int:
+    """Heads of what mixes tokens, by the width that the module itself gives them: of attention, which may differ from
+    layer to layer, or of linear attention, which counts those of its values. State space models and convolutions have
+    none (linear attention passes its input through a convolution too, but says how wide its heads are)."""
     if (linear := getattr(mixer, "num_v_heads", None)) is not None:
         return linear
-    return 0 if any(isinstance(m, nn.Conv1d) for m in mixer.modules()) else config.num_attention_heads
+    convolves = any(isinstance(m, nn.Conv1d) for m in mixer.modules())
+    if convolves and "attention" not in type(mixer).__name__.lower():
+        return 0
+    # a norm without weights over several heads at once makes one of them (differential attention)
+    joined = [m.normalized_shape[0] for m in mixer.children() if isinstance(m, nn.RMSNorm) and m.weight is None]
+    named = [getattr(mixer, name, None) for name in ("v_head_dim", "head_v_dim", "head_dim")]
+    width = next((w for w in (*joined, *named) if isinstance(w, int) and w > 0 and neurons % w == 0), None)
+    if width is not None:
+        return neurons // width
+    return config.num_attention_heads if neurons % config.num_attention_heads == 0 else 0
 
 
 def _router(block: nn.Module, experts: nn.Module) -> nn.Module | None:

@@ -171,7 +171,7 @@ def force(decomposition: Decomposition, layer: int, expert: int, weight: float |
     ``routing.Routing.weight_of`` gives the weight that the router would have given. Raises InterventionError where the
     layer or the expert is not there, and, in the forward pass, where there is not a weight for each position.
     """
-    ((site, number),) = _named(decomposition, {layer: [expert]})
+    ((site, _),) = _named(decomposition, {layer: [expert]})
 
     def insert(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, index, weights = args
@@ -180,10 +180,15 @@ def force(decomposition: Decomposition, layer: int, expert: int, weight: float |
             raise InterventionError(
                 f"layer {layer}, expert {expert}: {given.numel()} weights for {len(index)} positions; give one for each"
             )
-        given, forced = given.expand(len(index))[:, None], number.to(index.device).expand(len(index), 1)
-        there = index == forced
-        extra = given.masked_fill(there.any(1, keepdim=True), 0)
-        return hidden, torch.cat([index, forced], 1), torch.cat([torch.where(there, given, weights), extra], 1)
+        given = given.expand(len(index))[:, None]
+        there = index == expert
+        chosen, weights = there.any(1, keepdim=True), torch.where(there, given, weights)
+        if chosen.all():
+            return hidden, index, weights
+        # where it is chosen already, one more slot goes to an expert that is not, with no weight
+        busy = torch.zeros(len(index), site.experts, dtype=torch.int, device=index.device).scatter(1, index.long(), 1)
+        extra = torch.where(chosen, busy.argmin(1, keepdim=True).to(index.dtype), expert)
+        return hidden, torch.cat([index, extra], 1), torch.cat([weights, given.masked_fill(chosen, 0)], 1)
 
     handle = site.module.register_forward_pre_hook(insert)
     try:
@@ -283,11 +288,15 @@ def _changed(
 
 
 def _require_left_out(where: str, said: tuple[Tensor, ...], numbers: Tensor, never: bool) -> None:
+    if not (isinstance(said, tuple) and len(said) >= 3):
+        raise InterventionError(f"{where}: their router does not say what it chose; use zero_weight")
     _, weight, index = said[:3]
     chosen = torch.isin(index, numbers.to(index.device))
-    if chosen.any() and (never or weight[chosen].any()):
+    if never and chosen.any():
         raise InterventionError(
             f"{where}: too few others can take their place; block fewer of them, or use zero_weight"
         )
+    if weight[chosen].any():
+        raise InterventionError(f"{where}: their router gives them a weight all the same; use min_logit or zero_weight")
     if not weight.isfinite().all():
         raise InterventionError(f"{where}: their router gives weights that are no numbers; use zero_weight")

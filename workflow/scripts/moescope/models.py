@@ -8,7 +8,8 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from moescope import checkpoints, loading, manifests
+from moescope import checkpoints, layout, loading, manifests
+from moescope.errors import MoescopeError
 from moescope.layout import CheckpointError
 
 #: Token ids of the two texts that a model is tried on, as shares of its vocabulary.
@@ -46,9 +47,22 @@ def load(
 def require_fit(model: Any) -> float:
     """The error of the decomposition on a few tokens, of a layer's update.
 
-    Raises DecompositionError where it is too large, or where weights cannot be read, ReadoutError where the logits are
-    not those of the last residual.
+    Raises DecompositionError where it is too large, where weights cannot be read, or where what the layers do cannot be
+    followed at all, ReadoutError where the logits are not those of the last residual.
     """
+    from moescope.decomposition import DecompositionError
+
+    try:
+        return _tried(model)
+    except (MoescopeError, MemoryError):
+        raise
+    except Exception as error:  # code of another build than ours meets: a wrong number of axes, a missing name
+        raise DecompositionError(
+            f"{type(model).__name__}: what its layers do cannot be followed ({layout.reason(error)}); not supported"
+        ) from error
+
+
+def _tried(model: Any) -> float:
     import torch
 
     from moescope.clean import batched

@@ -291,8 +291,9 @@ class LastPosition:
                 mine.has_previous_state = dict(clean.has_previous_state)
                 # nobody reads what comes after the last position, and a backward pass asks for what was there before
                 mine.update_recurrent_state = lambda states, *_, **__: states
-            if isinstance(clean, CacheLayerMixin):
-                mine.update = functools.partial(_extended, clean, prompts)
+            for update in ("update", "update_indexer"):  # of keys and values, and of what sparse attention looks up
+                if isinstance(clean, CacheLayerMixin) and hasattr(clean, update):
+                    setattr(mine, update, functools.partial(_extended, clean, prompts, update))
         return {"past_key_values": cache, "use_cache": True}
 
     def logits(self, layer: int, residual: Tensor, prompts: Tensor) -> Tensor:
@@ -333,11 +334,11 @@ def _of(prompts: Tensor, states: dict[int, Tensor | None]) -> dict[int, Tensor |
     return {key: None if state is None else state.index_select(0, prompts) for key, state in states.items()}
 
 
-def _extended(clean: CacheLayerMixin, prompts: Tensor, *update: object, **options: object) -> tuple[Tensor, Tensor]:
-    """Keys and values of some prompts with those of the last position: gathered when a layer asks, then forgotten."""
+def _extended(clean: CacheLayerMixin, prompts: Tensor, update: str, *new: object, **options: object) -> object:
+    """What some prompts hold with that of the last position: gathered when a layer asks, then forgotten."""
     mine = copy.copy(clean)
     mine.batch_select_indices(prompts)
-    return mine.update(*update, **options)
+    return getattr(mine, update)(*new, **options)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class Routing:
         if self.router is None:
             return None
         scoring = scoring_of([(self.router, self.index, self.weight)])
-        return None if scoring is None else SCORINGS[scoring](self.router)
+        return None if scoring is None else SCORINGS[scoring](self.router.float())
 
     def weight_of(self, expert: int) -> Tensor:
         """What the weight of an expert is, or would be beside those chosen: its probability, times what the family
@@ -34,7 +34,7 @@ class Routing:
         probability = self.probability
         if probability is None:
             raise ValueError("the weights of this router are no shares of a probability; choose a weight yourself")
-        scale = self.weight.sum(1) / probability.gather(1, self.index).sum(1)
+        scale = self.weight.float().sum(1) / probability.gather(1, self.index).sum(1)
         return probability[:, expert] * scale
 
 
@@ -46,17 +46,18 @@ def watched(decomposition: Decomposition) -> Iterator[dict[int, Routing]]:
     def used(site: Site, args: tuple[Tensor, ...]) -> None:
         _, index, weight = args
         routing = found.setdefault(site.layer, Routing())
-        routing.index, routing.weight = index.detach().long(), weight.detach().float()
+        routing.index, routing.weight = index.detach().long(), weight.detach()
 
     def said(site: Site, output: object) -> None:
         if isinstance(output, tuple) and len(output) >= 3:  # (logits, weights, indices)
-            found.setdefault(site.layer, Routing()).router = output[0].detach().float()
+            found.setdefault(site.layer, Routing()).router = output[0].detach()
 
     with contextlib.ExitStack() as hooks:
         for site in decomposition.sites:
             if site.kind != "routed":
                 continue
-            hooks.callback(site.module.register_forward_pre_hook(lambda m, args, s=site: used(s, args)).remove)
+            # behind the experts, so that what interventions made of their input is seen, whoever came first
+            hooks.callback(site.module.register_forward_hook(lambda m, args, out, s=site: used(s, args)).remove)
             if site.router is not None:
                 hooks.callback(site.router.register_forward_hook(lambda m, args, out, s=site: said(s, out)).remove)
         yield found

@@ -201,9 +201,9 @@ class _Heads:
         self.cells, self.magnitude = np.zeros((len(self.index), 2), dtype=np.int64), np.zeros(len(self.index))
         self.prompts = prompts.sort("prompt_id")
         known = heads["prompt_id"].unique().sort()
-        if not known.equals(self.prompts["prompt_id"], check_names=False):
+        if len(heads) and not known.equals(self.prompts["prompt_id"], check_names=False):
             raise SelectionError("heads: these are not the scores of these prompts; score the checkpoint again")
-        self.lpi = heads["lpi"].cast(pl.Float64).to_numpy().reshape(len(self.index), len(known))
+        self.lpi = heads["lpi"].cast(pl.Float64).to_numpy().reshape(len(self.index), len(self.prompts))
 
     def in_sample(self) -> np.ndarray:
         return self.lpi.mean(1)
