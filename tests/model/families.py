@@ -213,7 +213,7 @@ def effects(case: Case) -> float:
     with torch.no_grad(), precision.computing_in_float32(case.model):
         found = faithfulness.faithfulness(run, case.frames, 24)["faithfulness_prompts"]
     row_of = {prompt: p for p, prompt in enumerate(run.prompts["prompt_id"])}
-    rows = found.filter(pl.col("prompt_id").is_in(run.prompts["prompt_id"][0:9:4]))
+    rows = found.filter(pl.col("prompt_id").is_in(run.prompts["prompt_id"][0:9:4].to_list()))
     assert len(rows) > 10
     for row in rows.to_dicts():
         p = row_of[row["prompt_id"]]
