@@ -364,10 +364,9 @@ class Trace:
             raise DecompositionError(f"{what} does not read the residual stream as it is; not supported")
         if any(not torch.equal(base, bases[0]) for base in bases):
             raise DecompositionError(f"{what} reads two residuals; not supported")
-        entering = self.layers[layer].residual_in
-        halves = self.decomposition.components(layer)
-        between = (entering + self.component_write(layer, half) for half in halves)
-        if not any(_near(bases[0], residual) for residual in (entering, *between)):
+        entering, halves = self.layers[layer].residual_in, self.decomposition.components(layer)
+        between = (entering + self.component_write(layer, half) for half in halves)  # lazily: experts are many
+        if not _near(bases[0], entering) and not any(_near(bases[0], residual) for residual in between):
             raise DecompositionError(f"{what} does not read the residual stream as it is; not supported")
 
 

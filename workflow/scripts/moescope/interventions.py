@@ -241,6 +241,48 @@ class _Inside(TorchFunctionMode):
         return found
 
 
+@dataclass(frozen=True)
+class _Rerouted:
+    """The forward pass of a router with the logits or the scores of some experts changed. None of them may come out
+    with a weight, or, where their scores are changed, chosen. ``or_otherwise``: a choice that is not one of the top k
+    will do."""
+
+    where: str
+    count: int
+    experts: Tensor
+    logits: Change | None
+    scores: Change | None
+    or_otherwise: bool
+
+    def __call__(self, run: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        return functools.partial(self.forward, run)
+
+    def forward(self, run: Callable[..., tuple[Tensor, ...]], *args: object, **kwargs: object) -> tuple[Tensor, ...]:
+        """What the router says."""
+        with _Inside(self.count, self.experts, self.logits, self.scores) as inside:
+            said = run(*args, **kwargs)
+        for name, change in {"logits": self.logits, "scores": None if self.or_otherwise else self.scores}.items():
+            if change is not None and name not in inside.met:
+                raise self.impossible(f"their router has no {name} that could be changed; use zero_weight")
+        self.require_left_out(said)
+        return said
+
+    def require_left_out(self, said: tuple[Tensor, ...]) -> None:
+        if not (isinstance(said, tuple) and len(said) >= 3):
+            raise self.impossible("their router does not say what it chose; use zero_weight")
+        _, weight, index = said[:3]
+        chosen = torch.isin(index, self.experts.to(index.device))
+        if self.scores is not None and chosen.any():
+            raise self.impossible("too few others can take their place; block fewer of them, or use zero_weight")
+        if weight[chosen].any():
+            raise self.impossible("their router gives them a weight all the same; use min_logit or zero_weight")
+        if not weight.isfinite().all():
+            raise self.impossible("their router gives weights that are no numbers; use zero_weight")
+
+    def impossible(self, why: str) -> InterventionError:
+        return InterventionError(f"{self.where}: {why}")
+
+
 @contextlib.contextmanager
 def _choosing(
     decomposition: Decomposition,
@@ -249,54 +291,12 @@ def _choosing(
     scores: Change | None = None,
     or_otherwise: bool = False,
 ) -> Iterator[None]:
-    """Run the routers of some layers with logits or scores changed; none of the experts may come out with a weight, or,
-    where their scores are changed, chosen.
-
-    ``or_otherwise``: a choice that is not one of the top k will do.
-    """
+    """Run the routers of some layers with logits or scores changed (``_Rerouted``)."""
     with contextlib.ExitStack() as restoring:
         for site, numbers in _named(decomposition, experts):
             where = f"layer {site.layer}, experts {numbers.tolist()}"
             if site.router is None:
                 raise InterventionError(f"{where}: what chooses between them was not found; use zero_weight")
-
-            changed = functools.partial(_changed, where, site.experts, numbers, logits, scores, or_otherwise)
-            restoring.enter_context(patched(site.router, lambda run, changed=changed: functools.partial(changed, run)))
+            rerouted = _Rerouted(where, site.experts, numbers, logits, scores, or_otherwise)
+            restoring.enter_context(patched(site.router, rerouted))
         yield
-
-
-def _changed(
-    where: str,
-    count: int,
-    numbers: Tensor,
-    logits: Change | None,
-    scores: Change | None,
-    or_otherwise: bool,
-    run: Callable[..., tuple[Tensor, ...]],
-    *args: object,
-    **kwargs: object,
-) -> tuple[Tensor, ...]:
-    """What a router says, logits or scores of some experts changed."""
-    with _Inside(count, numbers, logits, scores) as inside:
-        said = run(*args, **kwargs)
-    wanted = {"logits": logits, "scores": None if or_otherwise else scores}
-    for name, change in wanted.items():
-        if change is not None and name not in inside.met:
-            raise InterventionError(f"{where}: their router has no {name} that could be changed; use zero_weight")
-    _require_left_out(where, said, numbers, never=scores is not None)
-    return said
-
-
-def _require_left_out(where: str, said: tuple[Tensor, ...], numbers: Tensor, never: bool) -> None:
-    if not (isinstance(said, tuple) and len(said) >= 3):
-        raise InterventionError(f"{where}: their router does not say what it chose; use zero_weight")
-    _, weight, index = said[:3]
-    chosen = torch.isin(index, numbers.to(index.device))
-    if never and chosen.any():
-        raise InterventionError(
-            f"{where}: too few others can take their place; block fewer of them, or use zero_weight"
-        )
-    if weight[chosen].any():
-        raise InterventionError(f"{where}: their router gives them a weight all the same; use min_logit or zero_weight")
-    if not weight.isfinite().all():
-        raise InterventionError(f"{where}: their router gives weights that are no numbers; use zero_weight")
