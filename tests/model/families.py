@@ -396,6 +396,49 @@ def forcing(case: Case) -> float:
     return worst
 
 
+def budgets(case: Case) -> float:
+    """Weights of all slots at all positions where some are left, against the rules written by hand; for those without a
+    correction also against the router itself, told to choose fewer."""
+    worst = 0.0
+    rule = references.RULES.get(case.name)  # of phimoe, every weight is a softmax of its own
+    shared = rule is not None and (rule.normalised or (rule.score, rule.then) == ("chosen", "softmax"))
+    choices = {site.layer: by_hand(case, site, _logits_of(case, site), [], "") for site in case.sites("routed")}
+    for mode, n in (
+        ("top_n", 0),
+        ("top_n", 1),
+        ("top_n", 2),
+        ("only_rank", 1),
+        ("only_rank", 2),
+        ("drop_rank", 1),
+        ("drop_rank", 2),
+    ):
+        for weights in ("family", "keep"):
+            for site in case.sites("routed"):  # one at a time, so that all read what they read in the clean run
+                found = _slots(case, site, mode, n, weights)
+                for position, choice in enumerate(choices[site.layer]):
+                    ranked = sorted(choice, key=lambda e: -choice[e])
+                    left = {
+                        "top_n": ranked[:n],
+                        "only_rank": ranked[n - 1 : n],
+                        "drop_rank": ranked[: n - 1] + ranked[n:],
+                    }[mode]
+                    rest, whole = sum(choice[e] for e in left), sum(choice.values())
+                    factor = whole / rest if weights == "family" and shared and left else 1.0
+                    mine = dict(zip(found.index[position].tolist(), found.weight[position].tolist(), strict=True))
+                    wanted = {e: choice[e] * factor * (e in left) for e in choice}
+                    worst = max(worst, *(abs(mine[e] - wanted[e]) for e in choice))
+    return worst
+
+
+def _slots(case: Case, site: Site, mode: str, n: int, weights: str) -> routing.Routing:
+    """The choice of one layer, the others as they are."""
+    alone = Decomposition(case.model)
+    alone.sites, alone.normalises = [site], case.decomposition.normalises
+    with watched(alone) as found, interventions.slots(alone, mode, n, weights):
+        logits(case.model)
+    return found[site.layer]
+
+
 # ---- batches and implementations -----------------------------------------------------------------------------------
 
 
@@ -459,6 +502,7 @@ WHERE_ROUTED: dict[str, tuple[Measure, float]] = {
     "experts": (experts, 1e-4),
     **{way: (functools.partial(rerouting, how=way), 5e-5) for way in WAYS},
     "force": (forcing, 2e-4),
+    "slots": (budgets, 5e-5),
     "implementations": (implementations, 2e-4),
 }
 SEQUENTIAL: dict[str, tuple[Measure, float]] = {"telescoping": (telescoping, 5e-5)}

@@ -23,7 +23,7 @@ COLUMNS = {
     "neurons": ("neurons", "experts"),
     "heads": ("heads",),
     "ablation": ("ablations", "effects"),
-    "routers": ("routing", *families.WAYS, "force"),
+    "routers": ("routing", *families.WAYS, "force", "slots"),
     "batches": ("batches",),
     "kernels": ("implementations",),
 }
@@ -42,7 +42,7 @@ that is not listed is not guessed at either: it is refused unless its residual s
 - **ablation**: log-probabilities of the ablation table, which runs no more than it must, and effects of single neurons,
   run again from the last position, against whole passes (nats).
 - **routers**: the weights of all experts, clean, blocked in four ways (`reroute`, `reroute_logit`, `min_logit`,
-  `zero_weight`) and forced, against rules written by hand.
+  `zero_weight`), forced, and with some of the slots left, against rules written by hand.
 - **batches**: coefficients, residuals and logits with padding on the right and on the left, against prompts alone.
 - **kernels**: logits and scores under `eager`, `grouped_mm` and `batched_mm` experts.
 

@@ -407,3 +407,66 @@ def test_one_layer_whose_weights_are_no_shares_is_enough_to_know_none():
     trace.scoring = None
     trace.read_routers()
     assert trace.scoring is None
+
+
+# ---- budgets -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "n", "weights", "message"),
+    [
+        ("olmoe", "top_n", 3, "keep", "top_n 3: the router fills 2 slots, counted from 1"),
+        ("olmoe", "only_rank", 0, "family", "only_rank 0: the router fills 2 slots"),
+        ("olmoe", "drop_rank", 3, "family", "drop_rank 3: the router fills 2 slots"),
+        ("olmoe", "best", 1, "keep", "best, keep: slots are top_n, only_rank, drop_rank, weights family or keep"),
+        ("olmoe", "top_n", 1, "none", "top_n, none: slots are"),
+        ("llama", "top_n", 1, "keep", "no layer routes between experts; name a mixture of experts"),
+    ],
+)
+def test_a_budget_that_cannot_be_is_an_error(name: str, mode: str, n: int, weights: str, message: str):
+    case = families.Case.of(name)
+    with pytest.raises(InterventionError, match=message), interventions.slots(case.decomposition, mode, n, weights):
+        families.logits(case.model)
+    assert torch.equal(families.logits(case.model), families.case_logits(case))
+
+
+def test_a_budget_by_the_familys_rule_needs_to_know_it():
+    with pytest.raises(
+        InterventionError, match="whether weights are normalised is not known; trace some prompts first"
+    ):
+        interventions.slots(Decomposition(zoo.build("olmoe")), "top_n", 1)
+
+
+@pytest.mark.parametrize("name", ["olmoe", "olmoe_normed", "mixtral", "gpt_oss", "granitemoe", "qwen2_moe"])
+def test_the_top_slots_are_what_a_router_gives_that_fills_fewer(name: str):
+    """At all layers, by the family's own rule: logits equal those of a model with another top k."""
+    case, fewer = families.Case.of(name), zoo.build(name)
+    for module in fewer.modules():
+        if getattr(module, "top_k", None) == 2:
+            module.top_k = 1
+    with interventions.slots(case.decomposition, "top_n", 1):
+        assert families.difference(families.logits(case.model), families.logits(fewer)) < 1e-4
+    assert families.difference(families.logits(fewer), families.case_logits(case)) > 1e-2
+
+
+@pytest.mark.parametrize("name", ["qwen2_moe", "deepseek_v3", "granitemoeshared", "ernie4_5_moe", "hunyuan_v1_moe"])
+def test_without_a_shared_expert_is_a_model_whose_shared_expert_is_nothing(name: str):
+    case, broken = families.Case.of(name), zoo.build(name)
+    with torch.no_grad():
+        for site in case.sites("shared"):
+            module = broken.get_submodule(case.path(site.module))
+            module.weight.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
+    with interventions.without_shared(case.decomposition):
+        assert families.difference(families.logits(case.model), families.logits(broken)) < 1e-5
+    assert torch.equal(families.logits(case.model), families.case_logits(case))
+    assert families.difference(families.logits(broken), families.case_logits(case)) > 1e-2
+
+
+def test_no_shared_expert_is_an_error():
+    with (
+        pytest.raises(InterventionError, match="no layer has a shared expert"),
+        interventions.without_shared(families.Case.of("olmoe").decomposition),
+    ):
+        pass

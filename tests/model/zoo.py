@@ -300,7 +300,9 @@ def build(name: str, seed: int = 0, dtype: torch.dtype = torch.float32, **over: 
     if shape.get("num_key_value_heads", 0) is None:  # the configuration has no such field
         del shape["num_key_value_heads"]
     config = transformers.AutoConfig.for_model(kind, **shape)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)  # what is drawn when a model is made stays in its vectors
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     generator = torch.Generator().manual_seed(seed)
     corrections = [(n, b) for n, b in model.named_buffers() if n.endswith(("correction_bias", "expert_bias"))]
     with torch.no_grad():

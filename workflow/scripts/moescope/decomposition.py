@@ -218,6 +218,8 @@ class Decomposition:
         self.head = model.get_output_embeddings()
         #: how many values a layer returns, by layer, where it returned a tuple when it ran
         self.returns: dict[int, int] = {}
+        #: whether the weights of a position add up to the same everywhere, by layer that routes, as a run has shown
+        self.normalises: dict[int, bool] = {}
         for site in self.sites:
             site.device = self.device
 
@@ -228,6 +230,10 @@ class Decomposition:
     def at(self, layer: int, *kinds: str) -> list[Site]:
         """The sites of one layer, of some kinds or of all."""
         return [s for s in self.sites if s.layer == layer and (not kinds or s.kind in kinds)]
+
+    def routed(self) -> list[Site]:
+        """The sites of all layers that route between experts."""
+        return [site for site in self.sites if site.kind == "routed"]
 
     def components(self, layer: int) -> dict[str, list[Site]]:
         """The sites of a layer by component: attn and ffn, or the one of them that it has."""
@@ -246,6 +252,8 @@ class Decomposition:
             for whole, part in zip(trace.layers, layers, strict=True):
                 whole.scatter(rows, total, part)
         trace.read_routers()
+        routed = {i: record.weight for i, record in enumerate(trace.layers) if record.weight is not None}
+        self.normalises = {i: trace.scoring is not None and sums_are_equal(weight) for i, weight in routed.items()}
         return trace
 
     def _run(self, ids: Tensor, mask: Tensor, oddities: list[str]) -> tuple[Tensor, Tensor, list[LayerTrace]]:
@@ -390,8 +398,14 @@ def _gives_shares(scoring: Callable[[Tensor], Tensor], router: Tensor, index: Te
     shares = [x / x.sum(1, keepdim=True) for x in (chosen, weight)]
     if (chosen < 0).any() or not torch.allclose(*shares, rtol=rounding, atol=1e-5):
         return False
-    factors = (weight.sum(1), weight.sum(1) / chosen.sum(1))
-    return any(torch.allclose(factor, factor[:1].expand_as(factor), rtol=rounding) for factor in factors)
+    factor = weight.sum(1) / chosen.sum(1)
+    return sums_are_equal(weight) or torch.allclose(factor, factor[:1].expand_as(factor), rtol=rounding)
+
+
+def sums_are_equal(weight: Tensor) -> bool:
+    """Whether the weights [N, K] of every position have the same sum, but for what their dtype rounds."""
+    total, rounding = weight.float().sum(1), max(1e-3, 4 * torch.finfo(weight.dtype).eps)
+    return torch.allclose(total, total[:1].expand_as(total), rtol=rounding)
 
 
 def routed_rows(index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

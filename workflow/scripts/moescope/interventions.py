@@ -6,7 +6,8 @@ coefficient; a head is the block of neurons of the attention output that belongs
 To *block* experts is to keep the router of a layer from using them, at all positions. What happens to their slot and to
 the weights of the others is another matter for each of the four ways to do it (``Blocking``). They are done inside the
 router's own forward pass, so that its corrections, groups, normalisation and scaling stay the family's. To *force* an
-expert is to have it run at every position with a given weight, beside those that the router chose.
+expert is to have it run at every position with a given weight, beside those that the router chose. A budget of
+``slots`` uses some of those that the router chose alone.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from moescope.decomposition import Decomposition, Site
@@ -107,6 +108,8 @@ def zeroed(decomposition: Decomposition, targets: Iterable[Target]) -> Iterator[
 #: ``zero_weight``: the choice stays, their weight is 0; nobody takes their slot, and no other weight changes.
 Blocking = Literal["reroute", "reroute_logit", "min_logit", "zero_weight"]
 Experts = Mapping[int, Sequence[int]]
+#: Which slots of a router are left.
+Slots = Literal["top_n", "only_rank", "drop_rank"]
 
 
 def block(
@@ -145,26 +148,23 @@ def min_logit(decomposition: Decomposition, experts: Experts) -> contextlib.Abst
     return _choosing(decomposition, experts, logits=_least, scores=_impossible, or_otherwise=True)
 
 
-@contextlib.contextmanager
-def zero_weight(decomposition: Decomposition, experts: Experts) -> Iterator[None]:
+def zero_weight(decomposition: Decomposition, experts: Experts) -> contextlib.AbstractContextManager:
     """The weight of some experts is 0 wherever they are chosen, that of no other changes; see ``Blocking``.
 
     Raises InterventionError where a layer or an expert is not there.
     """
+    blocked = dict(_named(decomposition, experts))
 
-    def drop(blocked: Tensor, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def drop(site: Site, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, index, weight = args
-        return hidden, index, weight.masked_fill(torch.isin(index, blocked), 0)
+        return hidden, index, weight.masked_fill(torch.isin(index, blocked[site].to(index.device)), 0)
 
-    with contextlib.ExitStack() as hooks:
-        for site, numbers in _named(decomposition, experts):
-            hook = lambda _, args, blocked=numbers: drop(blocked.to(args[1].device), args)  # noqa: E731
-            hooks.callback(site.module.register_forward_pre_hook(hook).remove)
-        yield
+    return _given(blocked, drop)
 
 
-@contextlib.contextmanager
-def force(decomposition: Decomposition, layer: int, expert: int, weight: float | Tensor) -> Iterator[None]:
+def force(
+    decomposition: Decomposition, layer: int, expert: int, weight: float | Tensor
+) -> contextlib.AbstractContextManager:
     """Have an expert run at every position with ``weight``, one for all or one for each of the N positions of a batch
     ([N], prompt after prompt). Where the router chose it, that is its weight now; elsewhere it comes in addition.
 
@@ -173,7 +173,7 @@ def force(decomposition: Decomposition, layer: int, expert: int, weight: float |
     """
     ((site, _),) = _named(decomposition, {layer: [expert]})
 
-    def insert(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def insert(site: Site, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, index, weights = args
         given = torch.as_tensor(weight, dtype=weights.dtype, device=weights.device)
         if given.dim() and given.shape != index.shape[:1]:
@@ -190,11 +190,72 @@ def force(decomposition: Decomposition, layer: int, expert: int, weight: float |
         extra = torch.where(chosen, busy.argmin(1, keepdim=True).to(index.dtype), expert)
         return hidden, torch.cat([index, extra], 1), torch.cat([weights, given.masked_fill(chosen, 0)], 1)
 
-    handle = site.module.register_forward_pre_hook(insert)
-    try:
+    return _given([site], insert)
+
+
+def slots(
+    decomposition: Decomposition,
+    mode: Slots,
+    n: int,
+    weights: Literal["family", "keep"] = "family",
+) -> contextlib.AbstractContextManager:
+    """Use some of the K slots of every router alone, at all layers and positions, slots ranked by their weight from 1.
+
+    ``mode``: the ``n`` largest (``top_n``, n from 0), the one of rank n (``only_rank``), or all but it (``drop_rank``).
+    ``weights``: ``family`` gives those that are left what the family's rule gives when nothing else is chosen (where
+    the weights of a position always have one sum, they have it still), ``keep`` what they had. Raises InterventionError
+    where no layer routes, or a rank is not there; run ``trace`` before, which shows what the family's rule is.
+    """
+    sites = decomposition.routed()
+    if not sites:
+        raise InterventionError("no layer routes between experts; name a mixture of experts")
+    if mode not in get_args(Slots) or weights not in ("family", "keep"):
+        raise InterventionError(f"{mode}, {weights}: slots are {', '.join(get_args(Slots))}, weights family or keep")
+    if weights == "family" and any(site.layer not in decomposition.normalises for site in sites):
+        raise InterventionError("whether weights are normalised is not known; trace some prompts first")
+    renormalised = {site.layer: weights == "family" and decomposition.normalises[site.layer] for site in sites}
+    return _given(sites, lambda site, args: _fewer(mode, n, renormalised[site.layer], *args))
+
+
+def _fewer(
+    mode: Slots, n: int, renormalised: bool, hidden: Tensor, index: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    k = index.shape[1]
+    if not (0 if mode == "top_n" else 1) <= n <= k:
+        raise InterventionError(f"{mode} {n}: the router fills {k} slots, counted from 1")
+    rank = torch.empty_like(index).scatter_(
+        1,
+        weight.argsort(dim=1, descending=True, stable=True).to(index.dtype),
+        torch.arange(1, k + 1).to(index).expand_as(index),
+    )
+    left = {"top_n": rank <= n, "only_rank": rank == n, "drop_rank": rank != n}[mode]
+    fewer = torch.where(left, weight, 0)
+    total = fewer.sum(1, keepdim=True)
+    if renormalised:
+        fewer = torch.where(total > 0, fewer * weight.sum(1, keepdim=True) / total, fewer)
+    return hidden, index, fewer
+
+
+@contextlib.contextmanager
+def without_shared(decomposition: Decomposition) -> Iterator[None]:
+    """Shared experts write nothing, neither neurons nor bias. Raises InterventionError where there is none."""
+    sites = [site for site in decomposition.sites if site.kind == "shared"]
+    if not sites:
+        raise InterventionError("no layer has a shared expert")
+    with contextlib.ExitStack() as hooks:
+        for site in sites:
+            hooks.callback(site.module.register_forward_hook(lambda m, args, out: torch.zeros_like(out)).remove)
         yield
-    finally:
-        handle.remove()
+
+
+@contextlib.contextmanager
+def _given(sites: Iterable[Site], change: Callable[[Site, tuple], tuple]) -> Iterator[None]:
+    """Give the experts of some sites other (hidden, index, weight) than their routers did."""
+    with contextlib.ExitStack() as hooks:
+        for site in sites:
+            hook = lambda m, args, site=site: change(site, args)  # noqa: E731
+            hooks.callback(site.module.register_forward_pre_hook(hook).remove)
+        yield
 
 
 def _named(decomposition: Decomposition, experts: Experts) -> list[tuple[Site, Tensor]]:
