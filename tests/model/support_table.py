@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class Row:
 def measured(name: str) -> Row:
     """Run all measures of a family. Raises AssertionError where an error is larger than it may be."""
     case, found = families.Case.of(name), {}
-    remarks = _remarks(case)
+    remarks = list(case.report["remarks"])
     for measure, (_, tolerance) in families.measures(case).items():
         try:
             found[measure] = families.measured(name, measure)
@@ -95,17 +96,6 @@ def measured(name: str) -> Row:
         del found["heads"]
     columns = {column: [found[m] for m in of if m in found] for column, of in COLUMNS.items()}
     return Row(name, "with care" if remarks else "works", remarks, {c: max(e) for c, e in columns.items() if e})
-
-
-def _remarks(case: families.Case) -> list[str]:
-    facts = {
-        "norm behind": any(site.norm is not None for site in case.sites()),
-        "parallel": case.parallel,
-        "soft-capped logits": case.run.readout.unembedding.cap is not None,
-        "no heads": any(not site.heads for site in case.sites("attn")),
-        "router of its own": bool(case.sites("routed")) and case.run.trace.scoring is None,
-    }
-    return [remark for remark, holds in facts.items() if holds]
 
 
 def refusal(name: str) -> str:
@@ -147,6 +137,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path)
     path = parser.parse_args().path
+    logging.disable(logging.WARNING)  # of prompts that are the same for all of them
     torch.set_num_threads(1)  # models are so tiny that a second thread only waits
     with files.atomic(path) as temporary:
         temporary.write_text(text(), encoding="utf-8")

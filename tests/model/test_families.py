@@ -15,7 +15,8 @@ from moescope.interventions import InterventionError
 from moescope.models import require_fit
 from moescope.readout import ReadoutError
 from moescope.replay import ReplayError
-from moescope.routing import watched
+from moescope.routing import RoutingError, watched
+from moescope.targets import TargetError
 from tests.examples import ROOT
 from tests.model import families, models, references, support_table, zoo
 
@@ -158,6 +159,9 @@ def test_a_router_comes_back_after_an_exception(case: families.Case, how: str, e
         ({1: []}, "no expert is named"),
         ({1: [6]}, "layer 1, routed, expert 6: experts go from 0 to 5"),
         ({1: [-1]}, "expert -1: experts go from 0 to 5"),
+        ({1: 3}, r"\{1: 3\}: name experts as lists of numbers by layer"),
+        ({1: ["3"]}, "name experts as lists of numbers by layer"),
+        ([1], "name experts as lists of numbers by layer"),
         ({0: [1], 7: [0]}, "layer 7, routed, expert 0: the model has 0 such sites; layers go from 0 to 2"),
     ],
 )
@@ -234,10 +238,17 @@ def test_the_weight_an_expert_would_have_is_the_familys(name: str):
     assert torch.allclose(routing.weight_of(3), routing.probability[:, 3] * factor, rtol=1e-5)
 
 
+def test_an_expert_that_is_not_there_would_have_no_weight():
+    routing = families.routings(families.Case.of("olmoe"))[0]
+    for e in (-1, 6):
+        with pytest.raises(RoutingError, match=f"there is no expert {e}; experts go from 0 to 5"):
+            routing.weight_of(e)
+
+
 def test_no_weight_is_made_up_where_there_is_no_probability():
     routing = families.routings(families.Case.of("phimoe"))[0]
     assert routing.probability is None
-    with pytest.raises(ValueError, match="no shares of a probability"):
+    with pytest.raises(RoutingError, match="no shares of a probability"):
         routing.weight_of(0)
 
 
@@ -261,6 +272,33 @@ def test_neurons_of_a_mixer_without_heads_have_no_head():
     per_layer = frames["attn_neurons"].group_by("layer").agg(pl.col("head").null_count() == pl.len()).sort("layer")
     assert per_layer["head"].to_list() == [True, False, True]
     assert frames["heads"]["layer"].unique().to_list() == [1]
+
+
+def test_a_layer_without_heads_has_none_to_zero():
+    with pytest.raises(InterventionError, match="layer 0 has no head 0: it has 0"):
+        interventions.head(families.Case.of("lfm2_moe").decomposition, 0, 0)
+
+
+@pytest.mark.parametrize("name", sorted(zoo.ZOO))
+def test_what_asks_for_care_is_in_the_report(name: str):
+    """Parallel halves are told by the residuals that they read: those that are listed by hand, and no others."""
+    remarks = families.Case.of(name).report["remarks"]
+    assert ("parallel" in remarks) == (name in zoo.PARALLEL)
+    assert ("router of its own" in remarks) == (name == "phimoe")
+
+
+def test_a_weight_that_is_no_number_is_not_forced():
+    case = families.Case.of("olmoe")
+    with (
+        pytest.raises(InterventionError, match="layer 1, expert 0: a weight is no number"),
+        interventions.force(case.decomposition, 1, 0, float("nan")),
+    ):
+        families.logits(case.model)
+
+
+def test_a_tokenizer_of_another_model_is_told():
+    with pytest.raises(TargetError, match=r"the tokenizer makes token \d+, the model knows 40; load the tokenizer"):
+        attribution.attribute(zoo.build("llama", vocab_size=40), models.tokenizer(), models.prompts())
 
 
 def test_a_half_that_a_layer_lacks_adds_nothing():
@@ -296,7 +334,7 @@ def test_a_normalised_weight_of_one_expert_tells_nothing():
     with watched(Decomposition(model)) as found:
         families.logits(model)
     assert found[1].probability is None
-    with pytest.raises(ValueError, match="no shares of a probability"):
+    with pytest.raises(RoutingError, match="no shares of a probability"):
         found[1].weight_of(2)
 
 
@@ -470,3 +508,16 @@ def test_no_shared_expert_is_an_error():
         interventions.without_shared(families.Case.of("olmoe").decomposition),
     ):
         pass
+
+
+@pytest.mark.parametrize("sure", [1.0, 50.0])
+def test_whether_a_router_normalises_is_known_though_it_is_sure_of_its_choice(sure: float):
+    """Its probabilities then add up to 1 wherever one looks, normalised or not."""
+    for name, normalises in (("olmoe", False), ("olmoe_normed", True), ("deepseek_v2", False), ("phimoe", False)):
+        model = zoo.build(name)
+        with torch.no_grad():
+            for site in Decomposition(model).routed():
+                site.router.weight.mul_(sure)
+        decomposition = Decomposition(model)
+        decomposition.trace(families.Case.of(name).run.batches)
+        assert set(decomposition.normalises.values()) == {normalises}, name

@@ -86,6 +86,8 @@ def test_what_does_not_fit_is_refused_on_load_with_the_error(server: Server, sav
         ("runs/step1000/deeper", CheckpointError, "runs/step1000/deeper: is no directory; name one, or a repository"),
         ("./step1000", CheckpointError, "is no directory"),
         ("step1000", CheckpointError, "is no directory"),
+        ("tests/step1000", CheckpointError, "tests/step1000: is no directory"),  # a folder that is here
+        ("README.md/step1000", CheckpointError, "is no directory"),
         ("lab/nothing", HubError, "lab/nothing"),
     ],
 )

@@ -51,8 +51,9 @@ def attribute_with_report(
     progress: bool = False,
     mem_mb: int | None = None,
 ) -> tuple[dict[str, pl.DataFrame], dict]:
-    """The same, and a report: ``decomposition_error``, ``prompts_at_once`` and the LPI ``certificate`` with the seconds
-    of each stage and the rate of its float32 operations beside that of a plain matrix product."""
+    """The same, and a report: ``decomposition_error``, ``remarks`` (what asks for care in a model of this build,
+    ``docs/families.md``), ``router`` (what it makes of its logits), ``prompts_at_once`` and the LPI ``certificate``
+    with the seconds of each stage and the rate of its float32 operations beside that of a plain matrix product."""
     stages = Stages()
     plan = memory.plan(memory.Shape.of(model), len(prompts), mem_mb, local=norm == "local")
     memory.keep_pages()
@@ -70,7 +71,8 @@ def attribute_with_report(
     scoring = stages.seconds["attention"] + stages.seconds["feed_forward"]
     certificate = scores.certificate.as_dict()
     certificate |= {"flops_per_second": certificate["flops"] / scoring, **rate, "seconds": stages.rounded()}
-    return frames, {"decomposition_error": run.error, "certificate": certificate, "prompts_at_once": plan.prompts}
+    report = {"decomposition_error": run.error, "remarks": run.remarks, "router": run.trace.scoring}
+    return frames, report | {"certificate": certificate, "prompts_at_once": plan.prompts}
 
 
 def ffn_scores(layer: int, run: CleanRun, certificate: lpi.Certificate) -> Tensor:

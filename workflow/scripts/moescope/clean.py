@@ -55,6 +55,7 @@ class CleanRun:
         rows = prompts.to_dicts()
         objects = targets.find(tokenizer, rows)
         decomposition = Decomposition(model)
+        _require_known(model, objects)
         batches = batched([t.tokens for t in objects], decomposition.device)
         trace = decomposition.trace(batches)
         error = trace.verified()
@@ -68,6 +69,12 @@ class CleanRun:
         return cls(prompts, chosen, others, batches, trace, readout, error)
 
     @property
+    def remarks(self) -> list[str]:
+        """What asks for care when the scores of this model are read (``docs/families.md``)."""
+        capped = ["soft-capped logits"] if self.readout.unembedding.cap is not None else []
+        return self.trace.remarks() + capped
+
+    @property
     def decomposition(self) -> Decomposition:
         return self.trace.decomposition
 
@@ -79,6 +86,16 @@ class CleanRun:
     def target(self) -> Tensor:
         """The token that is scored after each prompt: [P]."""
         return self.readout.target
+
+
+def _require_known(model: nn.Module, objects: list[targets.Target]) -> None:
+    """Raises TargetError where the tokenizer makes a token that the model has no row for."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    largest = max((max(*target.tokens, target.target_id) for target in objects), default=0)
+    if largest >= rows:
+        raise targets.TargetError(
+            f"the tokenizer makes token {largest}, the model knows {rows}; load the tokenizer that belongs to it"
+        )
 
 
 def batched(input_ids: list[tuple[int, ...]], device: torch.device) -> list[Batch]:

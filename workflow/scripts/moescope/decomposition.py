@@ -218,7 +218,7 @@ class Decomposition:
         self.head = model.get_output_embeddings()
         #: how many values a layer returns, by layer, where it returned a tuple when it ran
         self.returns: dict[int, int] = {}
-        #: whether the weights of a position add up to the same everywhere, by layer that routes, as a run has shown
+        #: whether the weights of a position add up to the same whatever it reads, by layer that routes, as a run showed
         self.normalises: dict[int, bool] = {}
         for site in self.sites:
             site.device = self.device
@@ -252,8 +252,6 @@ class Decomposition:
             for whole, part in zip(trace.layers, layers, strict=True):
                 whole.scatter(rows, total, part)
         trace.read_routers()
-        routed = {i: record.weight for i, record in enumerate(trace.layers) if record.weight is not None}
-        self.normalises = {i: trace.scoring is not None and sums_are_equal(weight) for i, weight in routed.items()}
         return trace
 
     def _run(self, ids: Tensor, mask: Tensor, oddities: list[str]) -> tuple[Tensor, Tensor, list[LayerTrace]]:
@@ -274,6 +272,7 @@ class Decomposition:
             for handle in handles:
                 handle.remove()
         self.returns |= recorder.returns
+        self.normalises |= recorder.normalises
         return final[-1], out.logits[:, 0].float(), layers
 
 
@@ -360,6 +359,18 @@ class Trace:
                 raise DecompositionError(f"{name}: what layer {layer} leaves is not what comes next; not supported")
         return error
 
+    def remarks(self) -> list[str]:
+        """What asks for care when the scores of this model are read (``docs/families.md``)."""
+        sites, layers = self.decomposition.sites, range(len(self.layers))
+        two = [i for i in layers if len(self.decomposition.components(i)) == 2]
+        facts = {
+            "norm behind": any(site.norm is not None for site in sites),
+            "parallel": any(torch.equal(self.base(i, "attn"), self.base(i, "ffn")) for i in two),
+            "no heads": any(not site.heads for site in sites if site.kind == "attn"),
+            "router of its own": bool(self.decomposition.routed()) and self.scoring is None,
+        }
+        return [remark for remark, holds in facts.items() if holds]
+
     def _uncalled(self) -> Iterator[str]:
         for site in self.decomposition.sites:
             record = self.layers[site.layer]
@@ -393,19 +404,24 @@ def scoring_of(choices: list[tuple[Tensor, Tensor, Tensor]]) -> str | None:
 def _gives_shares(scoring: Callable[[Tensor], Tensor], router: Tensor, index: Tensor, weight: Tensor) -> bool:
     """Whether the weights really used are the scores of the chosen experts, all times one number, or each position's
     divided by their sum and times one number."""
-    rounding = max(1e-3, 4 * torch.finfo(weight.dtype).eps)
+    rounding, equal = _rounding(weight), sums_are_equal(weight)
     chosen, weight = scoring(router.float()).gather(1, index), weight.float()
     shares = [x / x.sum(1, keepdim=True) for x in (chosen, weight)]
     if (chosen < 0).any() or not torch.allclose(*shares, rtol=rounding, atol=1e-5):
         return False
     factor = weight.sum(1) / chosen.sum(1)
-    return sums_are_equal(weight) or torch.allclose(factor, factor[:1].expand_as(factor), rtol=rounding)
+    return equal or torch.allclose(factor, factor[:1].expand_as(factor), rtol=rounding)
 
 
 def sums_are_equal(weight: Tensor) -> bool:
     """Whether the weights [N, K] of every position have the same sum, but for what their dtype rounds."""
-    total, rounding = weight.float().sum(1), max(1e-3, 4 * torch.finfo(weight.dtype).eps)
-    return torch.allclose(total, total[:1].expand_as(total), rtol=rounding)
+    total = weight.float().sum(1)
+    return torch.allclose(total, total[:1].expand_as(total), rtol=_rounding(weight))
+
+
+def _rounding(weight: Tensor) -> float:
+    """How far weights may be off that were rounded on the way, relative."""
+    return max(1e-3, 4 * torch.finfo(weight.dtype).eps)
 
 
 def routed_rows(index: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
@@ -489,7 +505,7 @@ class _Recorder:
     """Hooks that copy the last position of each prompt out of a forward pass."""
 
     def __init__(self, length: int, positions: Tensor, oddities: list[str]):
-        self.oddities, self.returns = oddities, {}
+        self.oddities, self.returns, self.normalises = oddities, {}, {}
         self.rows, self.positions = torch.arange(len(positions), device=positions.device), positions
         self.flat = self.rows * length + positions  # experts and routers see all tokens in one row each
 
@@ -587,12 +603,16 @@ class _Recorder:
             record.weight = weight.gather(1, order)
             record.coefficients[site.name] = routed_coefficients(module, hidden, record.index, record.weight)
 
-        def said(_: nn.Module, __: tuple, output: object) -> None:
-            if isinstance(output, tuple) and len(output) >= 3:  # (logits, weights, indices)
-                record.router = self.take(output[0])
+        def said(router: nn.Module, args: tuple, kwargs: dict, output: object) -> None:
+            if not (isinstance(output, tuple) and len(output) >= 3):  # (logits, weights, indices)
+                return
+            record.router = self.take(output[0])
+            # of a router that is sure of its choice, probabilities add up to 1 too; of nothing it cannot be sure
+            of_nothing = router.forward(torch.zeros_like(args[0]), *args[1:], **kwargs)
+            self.normalises[site.layer] = sums_are_equal(torch.cat([output[1], of_nothing[1]]))
 
         handles = [site.module.register_forward_pre_hook(coefficients)]
-        return handles if site.router is None else [*handles, site.router.register_forward_hook(said)]
+        return handles if site.router is None else [*handles, site.router.register_forward_hook(said, with_kwargs=True)]
 
 
 def _reader(layer: nn.Module, site: Site) -> nn.Module:

@@ -1,4 +1,5 @@
-"""Interventions on a loaded model, as context managers: what was changed comes back bit by bit, whatever happens.
+"""Interventions on a loaded model, as context managers: what was changed comes back bit by bit, whatever happens. They
+may be nested, the last to begin being the first to end.
 
 To *zero* a neuron is to zero its value row in place, so that it writes nothing at any position whatever its
 coefficient; a head is the block of neurons of the attention output that belongs to it. The bias of a site stays.
@@ -72,9 +73,10 @@ def head(decomposition: Decomposition, layer: int, number: int) -> Target:
     Raises InterventionError where the layer has no such head.
     """
     sites = decomposition.at(layer, "attn")
-    heads, width = (sites[0].heads, sites[0].neurons // sites[0].heads) if len(sites) == 1 else (0, 0)
+    heads = sites[0].heads if len(sites) == 1 else 0
     if not 0 <= number < heads:
         raise InterventionError(f"layer {layer} has no head {number}: it has {heads}, counted from 0")
+    width = sites[0].neurons // heads
     return Target(layer, "attn", range(number * width, (number + 1) * width))
 
 
@@ -176,9 +178,12 @@ def force(
     def insert(site: Site, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, index, weights = args
         given = torch.as_tensor(weight, dtype=weights.dtype, device=weights.device)
+        if not given.isfinite().all():
+            raise InterventionError(f"layer {layer}, expert {expert}: a weight is no number")
         if given.dim() and given.shape != index.shape[:1]:
             raise InterventionError(
-                f"layer {layer}, expert {expert}: {given.numel()} weights for {len(index)} positions; give one for each"
+                f"layer {layer}, expert {expert}: {given.numel()} weights for {len(index)} positions; give one "
+                "for each, or one for all"
             )
         given = given.expand(len(index))[:, None]
         there = index == expert
@@ -260,6 +265,8 @@ def _given(sites: Iterable[Site], change: Callable[[Site, tuple], tuple]) -> Ite
 
 def _named(decomposition: Decomposition, experts: Experts) -> list[tuple[Site, Tensor]]:
     """The sites of the layers that are named, and the numbers of their experts; each must be there."""
+    if not isinstance(experts, Mapping) or not all(_are_numbers(numbers) for numbers in experts.values()):
+        raise InterventionError(f"{experts}: name experts as lists of numbers by layer, {{layer: [expert, ...]}}")
     if not any(len(numbers) for numbers in experts.values()):
         raise InterventionError("no expert is named; name one at least")
     found = []
@@ -269,6 +276,10 @@ def _named(decomposition: Decomposition, experts: Experts) -> list[tuple[Site, T
         if numbers:
             found.append((decomposition.at(layer, "routed")[0], torch.tensor(sorted(set(numbers)))))
     return found
+
+
+def _are_numbers(numbers: object) -> bool:
+    return isinstance(numbers, Sequence) and all(isinstance(number, int) for number in numbers)
 
 
 Change = Callable[[Tensor, Tensor], Tensor]
@@ -324,7 +335,7 @@ class _Rerouted:
             said = run(*args, **kwargs)
         for name, change in {"logits": self.logits, "scores": None if self.or_otherwise else self.scores}.items():
             if change is not None and name not in inside.met:
-                raise self.impossible(f"their router has no {name} that could be changed; use zero_weight")
+                raise self.impossible(f"their router has no {name} that could be changed; block them another way")
         self.require_left_out(said)
         return said
 

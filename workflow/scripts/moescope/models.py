@@ -81,5 +81,6 @@ def _tried(model: Any) -> float:
 
 
 def _names_a_repository(where: str) -> bool:
+    """Whether it is ``owner/name``, and nothing that begins or lies on this disk."""
     owner, _, name = where.partition("/")
-    return bool(owner and name) and "/" not in name and not where.startswith((".", "~"))
+    return bool(owner and name) and "/" not in name and owner[0] not in ".~" and not Path(owner).exists()

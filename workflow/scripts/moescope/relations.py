@@ -164,13 +164,13 @@ def select(relations: Sequence[Relation], wanted: Sequence[str] | str | None = N
 # Reading them --------------------------------------------------------------------------------------------------------
 
 
-def load(paths: Iterable[str | os.PathLike], pinned: bool = False) -> list[Relation]:
-    """The relations of JSON and CSV files, in order; with ``pinned`` the files must be the published LRE files.
+def load(paths: str | os.PathLike | Iterable[str | os.PathLike], pinned: bool = False) -> list[Relation]:
+    """The relations of a JSON or CSV file, or of several, in order; ``pinned``: they must be the published LRE files.
 
     A fact that repeats is kept and warned about. Raises RelationError (file, entry, cure) on anything malformed and on
     two relations of one name.
     """
-    paths = [Path(path) for path in paths]
+    paths = [Path(path) for path in ([paths] if isinstance(paths, str | os.PathLike) else paths)]
     if pinned:
         verify_lre(paths)
     relations: dict[str, Relation] = {}

@@ -9,6 +9,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moescope.decomposition import SCORINGS, Decomposition, Site, scoring_of
+from moescope.errors import MoescopeError
+
+
+class RoutingError(MoescopeError):
+    """A weight that a router would not give."""
 
 
 @dataclass
@@ -30,10 +35,15 @@ class Routing:
 
     def weight_of(self, expert: int) -> Tensor:
         """What the weight of an expert is, or would be beside those chosen: its probability, times what the family
-        makes of theirs: [N]. Raises ValueError where there is no probability."""
+        makes of theirs: [N]. Raises RoutingError where there is no such expert, and where there is no probability."""
         probability = self.probability
         if probability is None:
-            raise ValueError("the weights of this router are no shares of a probability; choose a weight yourself")
+            raise RoutingError(
+                "what was watched are no shares of a probability, be it by an intervention; watch a clean run, or "
+                "choose a weight yourself"
+            )
+        if not 0 <= expert < probability.shape[1]:
+            raise RoutingError(f"there is no expert {expert}; experts go from 0 to {probability.shape[1] - 1}")
         scale = self.weight.float().sum(1) / probability.gather(1, self.index).sum(1)
         return probability[:, expert] * scale
 
