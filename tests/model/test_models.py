@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from moescope import hub, loading, tables
 from moescope.decomposition import DecompositionError
 from moescope.hub import HubError
 from moescope.layout import CheckpointError
+from tests.examples import ROOT
 from tests.hub_server import Server, series, serving, use
 from tests.model import models
 
@@ -100,3 +102,19 @@ def test_what_is_not_there_is_told_in_one_line(server: Server, where: str, error
 def test_a_gguf_file_of_a_repository_is_no_option(server: Server):
     with pytest.raises(CheckpointError, match="lab/models: is no directory"):
         moescope.load("lab/models", gguf_file="model.gguf")
+
+
+def test_the_lines_of_the_readme_run(tmp_path: Path, facts_csv: Path, monkeypatch: pytest.MonkeyPatch):
+    """As they stand there, on a model of the shape of the trained one."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").split("## From Python")[1].split("## Study")[0]
+    lines = "\n".join(re.findall(r"```python\n(.*?)```", readme, re.DOTALL))
+    (place,) = re.findall(r'load\("(results/[^"]*)"\)', lines)
+    shape = {"num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 8, "num_experts": 24}
+    models.build("olmoe", **shape).save_pretrained(tmp_path / place)
+    models.tokenizer().save_pretrained(tmp_path / place)
+    monkeypatch.chdir(tmp_path)
+    assert facts_csv == tmp_path / "facts.csv"
+    names: dict = {}
+    exec(lines, names)
+    assert len(names["broken"]) > 0
+    assert set(names["routing"]) == set(range(4))
