@@ -72,7 +72,8 @@ def _is_experts(module: nn.Module) -> bool:
     return isinstance(weight, Tensor) and weight.dim() == 3 and hasattr(module, "is_transposed")
 
 
-def _first(output: object) -> Tensor:
+def first_of(output: object) -> Tensor:
+    """What a module puts out, without what else it returns."""
     return output[0] if isinstance(output, tuple) else output
 
 
@@ -520,10 +521,10 @@ class _Recorder:
         multiplier = multiplier_of(layer)
 
         def enter(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            record.residual_in = self.take(_hidden(args, kwargs))
+            record.residual_in = self.take(hidden_of(args, kwargs))
 
         def leave(_: nn.Module, __: tuple, output: object) -> None:
-            record.residual_out = self.take(_first(output))
+            record.residual_out = self.take(first_of(output))
             if isinstance(output, tuple):
                 self.returns[index] = len(output)
             for name, gate in record.gates.items():
@@ -553,7 +554,7 @@ class _Recorder:
 
     def _read(self, record: LayerTrace, branch: str, norms: list) -> Callable:
         def read(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            hidden = _hidden(args, kwargs)
+            hidden = hidden_of(args, kwargs)
             # the branch reads a norm's output: its base residual is what that norm was given
             record.bases[branch] = self.take(next((x for x, y in norms if y is hidden), hidden))
 
@@ -561,7 +562,7 @@ class _Recorder:
 
     def _written(self, record: LayerTrace, branch: str, written: dict[str, Tensor], multiplier: float) -> Callable:
         def put_out(_: nn.Module, __: tuple, output: object) -> None:
-            written[branch] = _first(output)
+            written[branch] = first_of(output)
             record.factors[branch] = torch.full((len(self.rows), 1), multiplier, device=written[branch].device)
 
         return put_out
@@ -608,7 +609,8 @@ class _Recorder:
                 return
             record.router = self.take(output[0])
             # of a router that is sure of its choice, probabilities add up to 1 too; of nothing it cannot be sure
-            of_nothing = router.forward(torch.zeros_like(args[0]), *args[1:], **kwargs)
+            # (asked past whatever an intervention put in the place of its forward pass: this is the family's rule)
+            of_nothing = type(router).forward(router, torch.zeros_like(args[0][:1]), *args[1:], **kwargs)
             self.normalises[site.layer] = sums_are_equal(torch.cat([output[1], of_nothing[1]]))
 
         handles = [site.module.register_forward_pre_hook(coefficients)]
@@ -624,5 +626,6 @@ def _reader(layer: nn.Module, site: Site) -> nn.Module:
     return next((m for m in wide if m is not site.module), site.module)
 
 
-def _hidden(args: tuple, kwargs: dict) -> Tensor:
+def hidden_of(args: tuple, kwargs: dict) -> Tensor:
+    """The hidden states that a module is called with."""
     return args[0] if args else kwargs["hidden_states"]

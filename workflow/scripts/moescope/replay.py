@@ -20,7 +20,15 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
 from moescope.clean import CleanRun
-from moescope.decomposition import Decomposition, LayerTrace, Site, multiplier_of, routed_coefficients
+from moescope.decomposition import (
+    Decomposition,
+    LayerTrace,
+    Site,
+    first_of,
+    hidden_of,
+    multiplier_of,
+    routed_coefficients,
+)
 from moescope.errors import MoescopeError
 from moescope.patching import patched
 
@@ -42,14 +50,14 @@ class _Stream:
     def skip(self, args: tuple, kwargs: dict) -> Tensor:
         """What a skipped layer of these arguments hands on."""
         if not self.given and not self.skipped:
-            self.hidden = args[0] if args else kwargs["hidden_states"]
+            self.hidden = hidden_of(args, kwargs)
         self.skipped = True
         return self.hidden
 
     def enter(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
         """The pre-hook of the module behind the skipped layers, which reads the stream in earnest."""
         if not self.given and not self.skipped:  # none was skipped, or it is a norm that stands before the layers too
-            self.hidden = args[0] if args else kwargs["hidden_states"]
+            self.hidden = hidden_of(args, kwargs)
             return None
         return ((self.hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.hidden})
 
@@ -215,7 +223,7 @@ class Distinct:
             out = forward(hidden.flatten(0, 1)[self.first][None], *args, **kwargs)
         finally:
             self._inside = False
-        return _replaced(out, _first(out)[0][self.place].view_as(hidden))
+        return _replaced(out, first_of(out)[0][self.place].view_as(hidden))
 
     def rows(self, x: Tensor) -> Tensor:
         """What is seen [..., n] while the batch runs, a row per distinct prefix, whether it is seen in a module that
@@ -234,12 +242,8 @@ def _at_last_position(forward: Callable[..., object], hidden: Tensor, *args: obj
         return forward(hidden, *args, **kwargs)
     out = forward(hidden[:, -1:], *args, **kwargs)
     written = torch.zeros_like(hidden)
-    written[:, -1:] = _first(out)
+    written[:, -1:] = first_of(out)
     return _replaced(out, written)
-
-
-def _first(output: object) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _replaced(output: object, first: Tensor) -> object:
@@ -319,7 +323,7 @@ class LastPosition:
             found = list(torch.autograd.grad(value.gather(1, self.target[:, None]).sum(), top))
         for layer in range(len(layers) - 1, 0, -1):
             below, written = residuals[layer - 1].detach().clone().requires_grad_(), []
-            hook = layers[layer].register_forward_hook(lambda m, args, out, to=written: to.append(_first(out)))
+            hook = layers[layer].register_forward_hook(lambda m, args, out, to=written: to.append(first_of(out)))
             try:
                 with _differentiating(), _skipping(self.decomposition, range(layer + 1, len(layers)), _Stream()):
                     self.logits(layer - 1, below, everyone)

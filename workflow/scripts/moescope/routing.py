@@ -63,9 +63,7 @@ def watched(decomposition: Decomposition) -> Iterator[dict[int, Routing]]:
             found.setdefault(site.layer, Routing()).router = output[0].detach()
 
     with contextlib.ExitStack() as hooks:
-        for site in decomposition.sites:
-            if site.kind != "routed":
-                continue
+        for site in decomposition.routed():
             # behind the experts, so that what interventions made of their input is seen, whoever came first
             hooks.callback(site.module.register_forward_hook(lambda m, args, out, s=site: used(s, args)).remove)
             if site.router is not None:
