@@ -9,7 +9,7 @@ import transformers
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
 
-from moescope import attribution, interventions
+from moescope import ablation, attribution, interventions, selection
 from moescope.decomposition import Decomposition, DecompositionError
 from moescope.interventions import InterventionError
 from moescope.models import require_fit
@@ -521,3 +521,44 @@ def test_whether_a_router_normalises_is_known_though_it_is_sure_of_its_choice(su
         decomposition = Decomposition(model)
         decomposition.trace(families.Case.of(name).run.batches)
         assert set(decomposition.normalises.values()) == {normalises}, name
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "olmoe"])
+def test_a_run_with_blocked_experts_asks_the_family_for_its_rule(name: str):
+    """Of nothing to read, groups are chosen by the correction alone, and a blocked expert may be hard to do without."""
+    case = families.Case.of(name)
+    layer = families.layer_of(case.decomposition)
+    for e in range(6):
+        decomposition = Decomposition(case.model)
+        with interventions.reroute(decomposition, {layer: [e]}):
+            decomposition.trace(case.run.batches).verified()
+        assert decomposition.normalises == case.decomposition.normalises
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["olmo2", "granite", "llama"])
+def test_the_share_that_is_removed_is_that_of_what_reaches_the_stream(name: str):
+    """Behind a norm or a multiplier too, from the model's own modules: |part|^2 over |F|^2, summed over layers."""
+    case = families.Case.of(name)
+    found = ablation.ablate(case.model, models.tokenizer(), case.run.prompts, case.frames, seeds=1)["ablations"]
+    plan = selection.plan(case.frames, case.run.prompts, ("signed",), seeds=1, seed=0)
+    which = next(i for i in plan.interventions if (i.site, i.size, i.control) == ("ffn_neuron", "3%", "none"))
+    units = plan.index["ffn_neuron"][which.units]
+    rows = found.filter(pl.col("size") == "3%", pl.col("control") == "none", pl.col("fold").eq_missing(which.fold))
+    expected = dict(rows.select("prompt_id", "removed").rows())
+    for p in which.prompts.tolist():
+        part = whole = 0.0
+        for i, layer in enumerate(case.model.model.layers):
+            read, norm = [], getattr(layer, "post_feedforward_layernorm", None)
+            hook = layer.mlp.down_proj.register_forward_pre_hook(lambda m, args, to=read: to.append(args[0][0, -1]))
+            families.logits(case.model, torch.tensor([case.run.targets[p].tokens]))
+            hook.remove()
+            c, weight = read[0].double(), layer.mlp.down_proj.weight.double()
+            scale = getattr(layer, "residual_multiplier", 1.0)
+            if norm is not None:
+                y = weight @ c
+                scale = norm.weight.double() / (y.square().mean() + norm.variance_epsilon).sqrt()
+            mine = units.filter(pl.col("layer") == i)["neuron"].to_list()
+            part += (scale * (weight[:, mine] @ c[mine])).square().sum().item()
+            whole += (scale * (weight @ c)).square().sum().item()
+        assert expected[case.run.prompts["prompt_id"][p]] == pytest.approx(part / whole, rel=1e-4)
