@@ -14,6 +14,7 @@ include: "workflow/rules/checkpoints.smk"
 include: "workflow/rules/attribution.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/dynamics.smk"
+include: "workflow/rules/collaboration.smk"
 include: "workflow/rules/report.smk"
 
 
@@ -22,6 +23,7 @@ rule all:
     input:
         rules.attribution.input,
         rules.dynamics.input if PLAN.asks("dynamics") else [],
+        rules.collaboration.input if PLAN.asks("collaboration") else [],
         "results/report.html",
 
 

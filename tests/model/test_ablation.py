@@ -7,7 +7,7 @@ import pytest
 import torch
 from polars.testing import assert_frame_equal
 
-from moescope import ablation, attribution, clean, precision, replay, selection, tables, targets
+from moescope import ablation, attribution, clean, passes, precision, replay, selection, tables, targets
 from moescope.decomposition import decoder_of
 from tests.model import models
 
@@ -129,7 +129,7 @@ def test_results_do_not_depend_on_the_batch(name, monkeypatch):
     model, frames = scored(name)
     stored = [p.clone() for p in model.parameters()]
     together = ablation.ablate(model, models.tokenizer(), prompts(), frames, seeds=1)["ablations"]
-    monkeypatch.setattr(ablation, "_CACHED_TOKENS", 1)  # one prompt a batch
+    monkeypatch.setattr(passes, "_CACHED_TOKENS", 1)  # one prompt a batch
     shuffled = prompts().sample(fraction=1, shuffle=True, seed=1)
     alone = ablation.ablate(model, models.tokenizer(), shuffled, frames, seeds=1)["ablations"]
     assert_frame_equal(together, alone, abs_tol=2e-5, rel_tol=2e-5)

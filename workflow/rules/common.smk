@@ -405,7 +405,8 @@ def report_cfg():
         }
         for series in PLAN.series.values()
     ]
-    return {"series": series, "dynamics": dynamics_report_cfg() if PLAN.asks("dynamics") else None}
+    studies = {"dynamics": dynamics_report_cfg, "collaboration": collaboration_report_cfg}
+    return {"series": series, **{study: told() if PLAN.asks(study) else None for study, told in studies.items()}}
 
 
 def dynamics_report_cfg():
@@ -420,7 +421,7 @@ def dynamics_report_cfg():
         }
         for name, steps in PLAN.dynamics.items()
     ]
-    return {"series": series, "tables": list(comparison_tables()), "figures": comparison_figures()}
+    return {"series": series, "tables": list(comparison_tables()), "figures": comparison_figures(), "options": {}}
 
 
 def dynamics_report_files():

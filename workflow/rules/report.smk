@@ -32,6 +32,7 @@ rule report:
         audits=audit_files(),
         predictions=last_files("predictions.parquet"),
         dynamics=dynamics_report_files(),
+        collaboration=collaboration_report_files(),
     output:
         "results/report.html",
     log:

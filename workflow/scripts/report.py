@@ -3,43 +3,46 @@
 import json
 from pathlib import Path
 
-from moescope import dynamics_report, report, tables
+from moescope import collaboration_report, dynamics_report, report, tables
 from moescope.job import job
 
 RESULTS = Path("results")
 
 
-def found(study, series, names, figures):
+def shown(study, name, names, figures):
     """Tables and figures (PNG bytes) of a series in a study, or of all series together."""
-    drawn = RESULTS / "figures" / study / series
-    return {
-        "tables": {name: tables.read(RESULTS / study / series / f"{name}.parquet") for name in names},
-        "figures": {name: (drawn / f"{name}.png").read_bytes() for name in figures},
-    }
+    drawn = RESULTS / "figures" / study / name
+    found = {table: tables.read(RESULTS / study / name / f"{table}.parquet") for table in names}
+    return {"tables": found, "figures": {figure: (drawn / f"{figure}.png").read_bytes() for figure in figures}}
 
 
 def section(name, steps, figures, **known):
     """What the page says of one series."""
-    shown, last = found("attribution", name, ["accuracy", "layer_importance"], figures), RESULTS / name / f"{steps[-1]}"
-    scored = [RESULTS / name / f"{step}" / "provenance" / "attribute.json" for step in steps]
-    read = {"manifest": last / "manifest.json", "audit": RESULTS / name / "audit.json"}
-    found_of = {key: json.loads(path.read_text()) for key, path in read.items()}
-    provenance = [json.loads(path.read_text()) for path in scored]
-    predictions = tables.read(last / "predictions.parquet")
-    summaries = {**shown["tables"], "figures": shown["figures"], "predictions": predictions}
+    found, last = shown("attribution", name, ["accuracy", "layer_importance"], figures), RESULTS / name / f"{steps[-1]}"
+    provenance = [json.loads((RESULTS / name / f"{step}/provenance/attribute.json").read_text()) for step in steps]
+    known |= {"manifest": json.loads((last / "manifest.json").read_text()), "provenance": provenance}
+    known |= {"audit": json.loads((RESULTS / name / "audit.json").read_text()), "figures": found["figures"]}
     numbers = [step if isinstance(step, int) else None for step in steps]
-    return report.Series(name, steps=numbers, provenance=provenance, **found_of, **summaries, **known)
+    predictions = tables.read(last / "predictions.parquet")
+    return report.Series(name, steps=numbers, predictions=predictions, **known, **found["tables"])
 
 
-def dynamics(series, **names):
-    """What the page says of study dynamics."""
-    of_series = [one | found("dynamics", one["name"], one["tables"], one["figures"]) for one in series]
-    over_all = found("dynamics", "all", names["tables"], names["figures"])
-    return dynamics_report.study([dynamics_report.Series(**one) for one in of_series], **over_all)
+def of_study(study, name, checkpoint=None, **known):
+    """What a study says of one series; ``checkpoint``: tables of one of its checkpoints, and what it lacks."""
+    known |= shown(study, name, known["tables"], known["figures"])
+    if checkpoint:
+        folder = RESULTS / name / checkpoint["step"]
+        known["tables"] |= {table: tables.read(folder / f"{table}.parquet") for table in checkpoint["tables"]}
+        known["left_out"] = json.loads((folder / "provenance/intervene.json").read_text())["left_out"]
+    return {"name": name, **known}
 
 
 with job(snakemake):
-    cfg = snakemake.params.cfg
-    studies = [dynamics(**cfg["dynamics"])] if cfg["dynamics"] else []
-    page = report.build([section(**one) for one in cfg["series"]], Path(__file__).parents[1] / "report", studies)
-    report.write(page, snakemake.output[0])
+    cfg, studies = snakemake.params.cfg, []
+    for study, page in {"dynamics": dynamics_report, "collaboration": collaboration_report}.items():
+        if told := cfg[study]:
+            series = [page.Series(**of_study(study, **one)) for one in told["series"]]
+            together = shown(study, "all", told["tables"], told["figures"])
+            studies.append(page.study(series, **together, **told["options"]))
+    written = report.build([section(**one) for one in cfg["series"]], Path(__file__).parents[1] / "report", studies)
+    report.write(written, snakemake.output[0])

@@ -7,7 +7,6 @@ taken away: what they wrote comes off the stream.
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -20,15 +19,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from moescope import interventions, replay, selection, tables
-from moescope.clean import BATCH_TOKENS, CleanRun
+from moescope.clean import CleanRun
 from moescope.decomposition import Decomposition, LayerTrace
 from moescope.interventions import Target
+from moescope.passes import Passes
 from moescope.precision import computing_in_float32
-
-#: Tokens of one forward batch where nothing but the cache of a CPU bounds it.
-_CACHED_TOKENS = 2_048
-#: Prompts on which a pass that is taken up at another layer is tried.
-_FEW = 8
 
 _FFN_KINDS = ("dense", "shared", "routed")
 
@@ -76,16 +71,16 @@ def ablate_run(
     sets = _distinct(run, plan)
     rows = [_clean_rows(run)]
     with replay.sparing(run.decomposition) as distinct:
-        replayed = _Replayed(run, distinct)
-        errors = [replayed.error()]
+        passes = Passes(run, distinct)
+        errors = [passes.error()]
         removed = _Removed(run)
         for one in tqdm(sorted(sets, key=lambda s: s.start), desc="ablating", unit="set", disable=not progress):
-            if one.start != replayed.layer:
-                replayed.start_at(one.start)
-                errors.append(replayed.error(few=True))
-            stream = replayed.without(one.targets)
+            if one.start != passes.layer:
+                passes.start_at(one.start, neurons=True)
+                errors.append(passes.error(few=True))
+            stream = _without(passes, one.targets)
             with interventions.zeroed(run.decomposition, one.targets):
-                log_prob, rank = replayed.run(one.prompts, stream)
+                log_prob, rank = passes.run(one.prompts, stream)
             share = removed.share(one.targets)
             rows += (_rows(run, which, log_prob, rank, share) for which in one.interventions)
     report = {
@@ -139,73 +134,11 @@ def _start(decomposition: Decomposition, targets: list[Target]) -> int:
     return first if normed or targets[0].kind == "attn" else min(first + 1, len(decomposition.layers) - 1)
 
 
-class _Replayed:
-    """The prompts, run from a given layer on with what the clean run put there."""
-
-    def __init__(self, run: CleanRun, distinct: replay.Distinct):
-        self.clean, self.distinct, self.groups = run, distinct, replay.by_length(run)
-        model, device = run.model, run.decomposition.device
-        upcast = any(p.dtype != torch.float32 for p in model.parameters())  # which every batch pays for
-        self.tokens = BATCH_TOKENS if upcast or device.type != "cpu" else _CACHED_TOKENS
-        self.prefixes = 1 + max(int(group.prefixes.max()) for group in self.groups)
-        self.layer, self.before = 0, LayerTrace()  # the layer to start at; what the one before it did, per prefix
-
-    def start_at(self, layer: int) -> None:
-        """Go on to a later layer: one clean pass in all, whatever the number of stops."""
-        decomposition, before = self.clean.decomposition, LayerTrace()
-        for group in self.groups:
-            for part in self._parts(group, torch.arange(len(group.rows), device=group.rows.device)):
-                prefixes = group.prefixes[part]
-                resumed = self._resumed(prefixes, self.before.residual_out)
-                with resumed, replay.recording(decomposition, layer - 1, self.distinct) as did:
-                    hidden = replay.hidden_at(decomposition, layer, group.ids[part])
-                first = self.distinct.first
-                did.residual_out, did.gates = hidden.flatten(0, 1)[first], {}
-                before.scatter(prefixes.flatten()[first], self.prefixes, did)
-        self.layer, self.before = layer, before
-
-    def without(self, targets: list[Target]) -> Tensor | None:
-        """The stream at every prefix, less what those of the targets that lie before it wrote: [prefixes, d]."""
-        passed = [target for target in targets if target.layer < self.layer]
-        stream = self.before.residual_out
-        return stream - _written(self.clean.decomposition, self.before, passed) if passed else stream
-
-    def run(self, prompts: np.ndarray, stream: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-        """log p(target) and rank of the prompts named in a mask [P], the stream being as given (None: not begun); what
-        is not asked for is NaN and 0."""
-        device, target = self.clean.decomposition.device, self.clean.target
-        asked = torch.from_numpy(prompts).to(device)
-        log_prob = torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=device)
-        rank = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        for group in self.groups:
-            for part in self._parts(group, asked[group.rows].nonzero()[:, 0]):
-                with self._resumed(group.prefixes[part], stream):
-                    logits = replay.last_logits(self.clean.model, group.ids[part])
-                some = group.rows[part]
-                its = target[some]
-                log_prob[some] = replay.log_prob(logits, its)
-                rank[some] = 1 + (logits > logits.gather(1, its[:, None])).sum(1)
-        return log_prob.cpu().numpy(), rank.cpu().numpy()
-
-    def error(self, few: bool = False) -> float:
-        """Largest difference of the clean run's log-probabilities here and in the whole pass, in nats; of a ``few``
-        prompts of the least length, or of all."""
-        logits, target = self.clean.trace.logits, self.clean.target
-        asked = np.ones(len(target), dtype=bool)
-        if few:
-            asked[:] = False
-            asked[self.groups[0].rows[:_FEW].cpu().numpy()] = True
-        found, _ = self.run(asked, self.before.residual_out)
-        return replay.verified(self.clean.model, found[asked], replay.log_prob(logits, target).cpu().numpy()[asked])
-
-    def _parts(self, group: replay.Group, prompts: Tensor) -> tuple[Tensor, ...]:
-        return prompts.split(max(1, self.tokens // group.ids.shape[1])) if len(prompts) else ()
-
-    def _resumed(self, prefixes: Tensor, stream: Tensor | None) -> contextlib.AbstractContextManager:
-        self.distinct.of(prefixes)
-        if stream is None:
-            return contextlib.nullcontext()
-        return replay.from_layer(self.clean.decomposition, self.layer, stream[prefixes])
+def _without(passes: Passes, targets: list[Target]) -> Tensor | None:
+    """The stream at every prefix, less what those of the targets that lie before it wrote: [prefixes, d]."""
+    passed = [target for target in targets if target.layer < passes.layer]
+    stream = passes.before.residual_out
+    return stream - _written(passes.clean.decomposition, passes.before, passed) if passed else stream
 
 
 class _Removed:

@@ -20,6 +20,7 @@ import jsonschema
 import yaml
 
 from moescope.errors import MoescopeError
+from moescope.pairs import Pair, PairError
 
 SCHEMA = Path(__file__).parents[2] / "schemas" / "config.schema.yaml"
 #: The configuration that others are laid over.
@@ -60,6 +61,7 @@ def effective(raw: dict) -> dict:
         if entry["source"] == "hub":
             _check_revisions(entry, f"series[{i}]")
     _check_studies(config)
+    _check_collaboration(config)
     return config
 
 
@@ -263,7 +265,7 @@ def _check_studies(config: dict) -> None:
         if name not in names:
             raise ConfigError(f"{path}: there is no series {name!r}; {_choose(name, names)}")
 
-    for part in ("dynamics", "ablation"):
+    for part in ("dynamics", "ablation", "collaboration"):
         for i, name in enumerate(config[part]["series"] if config[part]["series"] != "all" else ()):
             check(f"{part}.series[{i}]", name)
     pairs = config["dynamics"]["pairs"] if config["dynamics"]["pairs"] != "auto" else ()
@@ -276,6 +278,32 @@ def _check_studies(config: dict) -> None:
     for i, (first, last) in enumerate(config["dynamics"]["windows"]):
         if first >= last:
             raise ConfigError(f"dynamics.windows[{i}]: {first} is not before {last}; write the earlier step first")
+
+
+def _check_collaboration(config: dict) -> None:
+    asked, names = config["collaboration"], [entry["name"] for entry in config["series"]]
+    named = {f"collaboration.stages.{name}": name for name in asked["stages"]}
+    named |= {f"collaboration.pairs[{i}].series": pair["series"] for i, pair in enumerate(asked["pairs"])}
+    for path, name in named.items():
+        if name not in names:
+            raise ConfigError(f"{path}: there is no series {name!r}; {_choose(name, names)}")
+    for name, (middle, late) in asked["stages"].items():
+        if middle >= late:
+            raise ConfigError(
+                f"collaboration.stages.{name}: {middle} is not before {late}; write the earlier layer first"
+            )
+    for i, pair in enumerate(asked["pairs"]):
+        try:
+            Pair(*pair["head"], *pair["expert"]).require_causal()
+        except PairError as error:
+            raise ConfigError(f"collaboration.pairs[{i}]: {error}") from None
+    if "collaboration" in config["studies"] and config["attribution"]["uncertainty"] != "groups":
+        raise ConfigError(
+            "studies: collaboration needs the leading neurons of each prompt; set attribution.uncertainty to groups"
+        )
+    for mode, sizes in asked["budgets"].items():
+        if mode != "top_n" and sizes != "all" and 0 in sizes:
+            raise ConfigError(f"collaboration.budgets.{mode}: ranks count from 1; drop the 0")
 
 
 def _complete_shape(shape: dict, path: str) -> None:

@@ -91,6 +91,22 @@ def save(figure: Figure, pdf_path: str | Path, png_path: str | Path) -> None:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
+def drawn_or_said(draw: Callable[..., Figure], table: pl.DataFrame, title: str) -> Figure:
+    """The figure of a table; where it has nothing to show, a strip that says why."""
+    try:
+        return draw(table, title=title)
+    except PlotError as error:
+        return said(f"Not drawn: {error}")
+
+
+@styled
+def said(line: str) -> Figure:
+    """A line of text in the place of a figure."""
+    figure = Figure(figsize=(WIDTH, 0.6))
+    figure.text(0.01, 0.5, filled(line), va="center")
+    return figure
+
+
 @dataclass(frozen=True)
 class Curve:
     """One group: rows with step, value, low and high, and how it is drawn; ``shade`` is how dense its band is."""

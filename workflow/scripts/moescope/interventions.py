@@ -109,7 +109,9 @@ def zeroed(decomposition: Decomposition, targets: Iterable[Target]) -> Iterator[
 #: ``min_logit``: their logit is the least of the token's, and they lose the choice after any correction or group limit.
 #: ``zero_weight``: the choice stays, their weight is 0; nobody takes their slot, and no other weight changes.
 Blocking = Literal["reroute", "reroute_logit", "min_logit", "zero_weight"]
-Experts = Mapping[int, Sequence[int]]
+#: Experts by layer: their numbers, or, for each of the N positions that the layer is given, which of its E experts
+#: (bool [N, E]).
+Experts = Mapping[int, Sequence[int] | Tensor]
 #: Which slots of a router are left.
 Slots = Literal["top_n", "only_rank", "drop_rank"]
 
@@ -117,7 +119,10 @@ Slots = Literal["top_n", "only_rank", "drop_rank"]
 def block(
     decomposition: Decomposition, experts: Experts, how: Blocking = "reroute"
 ) -> contextlib.AbstractContextManager:
-    """Block experts, named by layer, in one of four ways while the context lasts (the functions of those names)."""
+    """Block experts, named by layer, in one of four ways while the context lasts (the functions of those names).
+
+    A mask by position holds for a batch of just these positions, prompt after prompt.
+    """
     ways = {"reroute": reroute, "reroute_logit": reroute_logit, "min_logit": min_logit, "zero_weight": zero_weight}
     if how not in ways:
         raise InterventionError(f"{how}: experts are blocked by {', '.join(ways)}")
@@ -159,7 +164,7 @@ def zero_weight(decomposition: Decomposition, experts: Experts) -> contextlib.Ab
 
     def drop(site: Site, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         hidden, index, weight = args
-        return hidden, index, weight.masked_fill(torch.isin(index, blocked[site].to(index.device)), 0)
+        return hidden, index, weight.masked_fill(_chosen(blocked[site], index), 0)
 
     return _given(blocked, drop)
 
@@ -264,33 +269,61 @@ def _given(sites: Iterable[Site], change: Callable[[Site, tuple], tuple]) -> Ite
 
 
 def _named(decomposition: Decomposition, experts: Experts) -> list[tuple[Site, Tensor]]:
-    """The sites of the layers that are named, and the numbers of their experts; each must be there."""
-    if not isinstance(experts, Mapping) or not all(_are_numbers(numbers) for numbers in experts.values()):
+    """The sites of the layers that are named, and which of their experts: bool [1 or N, E]; each must be there."""
+    if not isinstance(experts, Mapping) or not all(map(_are_experts, experts.values())):
         raise InterventionError(f"{experts}: name experts as lists of numbers by layer, {{layer: [expert, ...]}}")
-    if not any(len(numbers) for numbers in experts.values()):
+    if not any(len(named) for named in experts.values()):
         raise InterventionError("no expert is named; name one at least")
     found = []
-    for layer, numbers in experts.items():
-        for number in numbers:
+    for layer, named in experts.items():
+        for number in [0] if isinstance(named, Tensor) else named:
             Target(layer, "routed", [0], number).site(decomposition)
-        if numbers:
-            found.append((decomposition.at(layer, "routed")[0], torch.tensor(sorted(set(numbers)))))
+        if len(named):
+            found.append((site := decomposition.at(layer, "routed")[0], _mask(named, site)))
     return found
 
 
-def _are_numbers(numbers: object) -> bool:
-    return isinstance(numbers, Sequence) and all(isinstance(number, int) for number in numbers)
+def _mask(named: Sequence[int] | Tensor, site: Site) -> Tensor:
+    if isinstance(named, Tensor):
+        if named.shape[1] != site.experts:
+            raise InterventionError(
+                f"layer {site.layer}: {named.shape[1]} experts by position, the layer has {site.experts}"
+            )
+        return named
+    mask = torch.zeros(1, site.experts, dtype=torch.bool)
+    mask[0, list(named)] = True
+    return mask
+
+
+def _chosen(mask: Tensor, index: Tensor) -> Tensor:
+    """Which of the chosen experts [N, K] are among those of the mask [1 or N, E]."""
+    everyone = index.new_zeros(len(index), mask.shape[1], dtype=torch.bool)
+    return (everyone | _by_position(mask.to(index.device), everyone)).gather(1, index.long())
+
+
+def _are_experts(named: object) -> bool:
+    if isinstance(named, Tensor):
+        return named.dim() == 2 and named.dtype == torch.bool
+    return isinstance(named, Sequence) and all(isinstance(number, int) for number in named)
 
 
 Change = Callable[[Tensor, Tensor], Tensor]
 
 
 def _impossible(x: Tensor, experts: Tensor) -> Tensor:
-    return x.index_fill(-1, experts, -torch.inf)
+    return x.masked_fill(_by_position(experts, x), -torch.inf)
 
 
 def _least(x: Tensor, experts: Tensor) -> Tensor:
-    return x.index_copy(-1, experts, x.amin(-1, keepdim=True).expand(*x.shape[:-1], len(experts)))
+    return torch.where(_by_position(experts, x), x.amin(-1, keepdim=True), x)
+
+
+def _by_position(experts: Tensor, x: Tensor) -> Tensor:
+    """The mask [1 or N, E] as x [..., E] has its positions."""
+    if len(experts) not in (1, x.shape[:-1].numel()):
+        positions = x.shape[:-1].numel()
+        raise InterventionError(f"experts are named at {len(experts)} positions, {positions} run; name them at each")
+    return experts if len(experts) == 1 else experts.view_as(x)
 
 
 class _Inside(TorchFunctionMode):
@@ -315,9 +348,9 @@ class _Inside(TorchFunctionMode):
 
 @dataclass(frozen=True)
 class _Rerouted:
-    """The forward pass of a router with the logits or the scores of some experts changed. None of them may come out
-    with a weight, or, where their scores are changed, chosen. ``or_otherwise``: a choice that is not one of the top k
-    will do."""
+    """The forward pass of a router with the logits or the scores of some experts [1 or N, E] changed. None of them may
+    come out with a weight, or, where their scores are changed, chosen. ``or_otherwise``: a choice that is not one of
+    the top k will do."""
 
     where: str
     count: int
@@ -343,7 +376,7 @@ class _Rerouted:
         if not (isinstance(said, tuple) and len(said) >= 3):
             raise self.impossible("their router does not say what it chose; use zero_weight")
         _, weight, index = said[:3]
-        chosen = torch.isin(index, self.experts.to(index.device))
+        chosen = _chosen(self.experts, index)
         if self.scores is not None and chosen.any():
             raise self.impossible("too few others can take their place; block fewer of them, or use zero_weight")
         if weight[chosen].any():
@@ -365,10 +398,10 @@ def _choosing(
 ) -> Iterator[None]:
     """Run the routers of some layers with logits or scores changed (``_Rerouted``)."""
     with contextlib.ExitStack() as restoring:
-        for site, numbers in _named(decomposition, experts):
-            where = f"layer {site.layer}, experts {numbers.tolist()}"
+        for site, mask in _named(decomposition, experts):
+            where = f"layer {site.layer}, experts {mask.any(0).nonzero()[:, 0].tolist()}"
             if site.router is None:
                 raise InterventionError(f"{where}: what chooses between them was not found; use zero_weight")
-            rerouted = _Rerouted(where, site.experts, numbers, logits, scores, or_otherwise)
+            rerouted = _Rerouted(where, site.experts, mask, logits, scores, or_otherwise)
             restoring.enter_context(patched(site.router, rerouted))
         yield

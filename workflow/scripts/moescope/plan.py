@@ -31,12 +31,13 @@ Step = int | str
 class Series:
     """A series of checkpoints: its configuration, the files of every step that there is (of the hub's: none on this
     disk), the selected steps; of the hub's also the branch of every step. ``kind`` is ``moe`` or ``dense``: which
-    tables its checkpoints have."""
+    tables its checkpoints have. ``shape``: what the model's configuration says of its sizes (of GGUF: nothing)."""
 
     name: str
     entry: dict
     architecture: str
     kind: str
+    shape: dict
     files: dict[Step, tuple[str, ...]]
     revisions: dict[Step, catalog.Revision] = dataclasses.field(default_factory=dict)
     steps: tuple[Step, ...] = ()
@@ -53,6 +54,11 @@ class Series:
     def has_experts(self) -> bool:
         return self.kind == "moe"
 
+    @property
+    def has_shared(self) -> bool:
+        """Whether a shared expert stands beside the routed ones."""
+        return self.has_experts and bool(self.shape["shared_I"])
+
     def size(self, step: Step) -> int | None:
         """Bytes of a checkpoint's files: 0 while they are not made, None where the catalog does not say."""
         if self.on_hub:
@@ -62,8 +68,9 @@ class Series:
 
 @dataclass(frozen=True)
 class Plan:
-    """The effective configuration, its series by name, its facts; and for study ``dynamics`` the steps of the series
-    that take part, those that are ablated, and the mixture of experts that each dense series is held against."""
+    """The effective configuration, its series by name, its facts; for study ``dynamics`` the steps of the series that
+    take part, those that are ablated, and the mixture of experts that each dense series is held against; for study
+    ``collaboration`` the steps of the series that take part."""
 
     config: dict
     series: dict[str, Series]
@@ -71,6 +78,7 @@ class Plan:
     dynamics: dict[str, tuple[Step, ...]]
     ablation: dict[str, tuple[Step, ...]]
     routed_by: dict[str, str]
+    collaboration: dict[str, tuple[Step, ...]]
 
     def of_kind(self, kind: str) -> list[str]:
         """Names of the series with (``moe``) or without (``dense``) experts."""
@@ -97,25 +105,60 @@ def read(raw: dict, root: str | os.PathLike) -> Plan:
     courses = {name: one.steps for name, one in series.items() if one.steps != (MAIN,)}
     dynamics = _members(effective, "dynamics", courses, series)
     ablation = _members(effective, "ablation", dynamics, series)
-    return Plan(effective, series, asked, dynamics, ablation, _pairs(effective, dynamics, series))
+    collaboration = _members(effective, "collaboration", {name: one.steps for name, one in series.items()}, series)
+    if "collaboration" in effective["studies"]:
+        _check_experiments(effective["collaboration"], {name: series[name] for name in collaboration})
+    pairs = _pairs(effective, dynamics, series)
+    return Plan(effective, series, asked, dynamics, ablation, pairs, collaboration)
 
 
 def _members(
     effective: dict, part: str, among: dict[str, tuple[Step, ...]], series: dict[str, Series]
 ) -> dict[str, tuple[Step, ...]]:
-    """The series that take part in a study (or in the ablation), and at which of the given steps. A series that is a
-    single revision has no course, and takes no part."""
+    """The series that take part in a study (or in the ablation), and at which of the given steps."""
     chosen, asked = effective[part]["series"], effective[part]["steps"]
     if chosen != "all" and (absent := [name for name in chosen if name not in among]):
         raise PlanError(f"{part}.series: series {absent[0]} takes no part in study dynamics; drop it or add it there")
     members = {}
     for name, available in among.items():
         own, paper = None if part == "ablation" else series[name].entry["studies"], _paper(series[name].entry)
+        if available == (MAIN,):  # a single revision, which no choice of steps can name
+            members |= {name: available} if (chosen == "all" or name in chosen) and (own is None or part in own) else {}
+            continue
         if own is not None and part in own:
             members[name] = tuple(steps.select(f"{name}: studies.{part}", available, own[part], paper))
         elif own is None and (chosen == "all" or name in chosen):
             members[name] = tuple(steps.select(f"{part}.steps ({name})", available, asked, paper))
     return members
+
+
+def _check_experiments(asked: Mapping, series: Mapping[str, Series]) -> None:
+    """Budgets, pairs and stages that a model of these sizes cannot have."""
+    for name, one in series.items():
+        slots, layers = one.shape.get("K"), one.shape.get("layers")
+        for mode, sizes in asked["budgets"].items() if slots else ():
+            if sizes != "all" and (above := [n for n in sizes if n > slots]):
+                problem = f"{above[0]} is above the {slots} experts that {name} routes a token to"
+                raise PlanError(f"collaboration.budgets.{mode}: {problem}; ask for no more")
+        if layers and name in asked["stages"] and asked["stages"][name][1] >= layers:
+            raise PlanError(f"collaboration.stages.{name}: it has {layers} layers, counted from 0; name earlier ones")
+    for i, pair in enumerate(asked["pairs"]):
+        _check_pair(f"collaboration.pairs[{i}]", pair, series)
+
+
+def _check_pair(place: str, pair: Mapping, series: Mapping[str, Series]) -> None:
+    name = pair["series"]
+    if name not in series:
+        raise PlanError(f"{place}.series: series {name} takes no part in the study; add it or drop the pair")
+    if not series[name].has_experts:
+        raise PlanError(f"{place}.series: series {name} has no experts; name another series")
+    shape = series[name].shape
+    for key, units in (("head", "heads"), ("expert", "experts")):
+        for number, what in zip(pair[key], ("layers", units), strict=True):
+            if shape[what] and number >= shape[what]:
+                raise PlanError(
+                    f"{place}.{key}: {number} is beyond the {shape[what]} {what} of {name}; they count from 0"
+                )
 
 
 def _paper(entry: dict) -> Sequence[int]:
@@ -167,7 +210,7 @@ def _pretrained(entry: dict) -> Series:
     found = {
         step: tuple(f"{folder}/{step}/{file}" for file in pretraining.CHECKPOINT_FILES) for step in training["save_at"]
     }
-    return Series(entry["name"], entry, entry["architecture"], _kind(entry["shape"]), found)
+    return Series(entry["name"], entry, entry["architecture"], *_build(entry["shape"]), found)
 
 
 def _local(entry: dict) -> Series:
@@ -178,9 +221,9 @@ def _local(entry: dict) -> Series:
         for step, directory in directories.items()
     }
     if gguf_file:  # only models of the llama family, which have no experts, are read from GGUF
-        return Series(entry["name"], entry, "llama", "dense", found)
+        return Series(entry["name"], entry, "llama", "dense", {}, found)
     model = manifests.read_config(directories[max(directories)])
-    return Series(entry["name"], entry, model.get("model_type", "unknown"), _kind(model), found)
+    return Series(entry["name"], entry, model.get("model_type", "unknown"), *_build(model), found)
 
 
 def _hub(entry: dict, root: str | os.PathLike) -> Series:
@@ -193,14 +236,15 @@ def _hub(entry: dict, root: str | os.PathLike) -> Series:
         entry["name"],
         entry,
         model.get("model_type", "unknown"),
-        _kind(model),
+        *_build(model),
         dict.fromkeys(revisions, ()),
         revisions,
     )
 
 
-def _kind(model: Mapping) -> str:
-    return "moe" if manifests.has_experts(model) else "dense"
+def _build(model: Mapping) -> tuple[str, dict]:
+    """Kind and shape of a model, from its configuration in the names of transformers."""
+    return "moe" if manifests.has_experts(model) else "dense", manifests.shape_of(model)
 
 
 def _check_writable(folder: Path) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,12 +185,14 @@ class Group:
     prefixes: Tensor
 
 
-def by_length(run: CleanRun) -> list[Group]:
-    """The prompts in batches without padding, shortest first, those that begin alike beside each other."""
+def by_length(run: CleanRun, labels: Sequence[int] | None = None) -> list[Group]:
+    """The prompts in batches without padding, shortest first, those that begin alike beside each other. Prompts of
+    different ``labels`` [P] (from 0; None: all alike) have no prefix in common."""
+    labels = [0] * len(run.targets) if labels is None else labels
     numbers: dict[tuple[int, int], int] = {}
     groups: dict[int, list[tuple[tuple[int, ...], int, list[int]]]] = defaultdict(list)
-    for row, target in enumerate(run.targets):
-        path = [-1]
+    for row, (target, label) in enumerate(zip(run.targets, labels, strict=True)):
+        path = [-1 - label]
         for token in target.tokens:
             path.append(numbers.setdefault((path[-1], token), len(numbers)))
         groups[len(target.tokens)].append((target.tokens, row, path[1:]))
@@ -200,11 +202,17 @@ def by_length(run: CleanRun) -> list[Group]:
 
 
 class Distinct:
-    """The positions of a batch that are computed by what works position by position: one per distinct prefix."""
+    """The positions of a batch that are computed by what works position by position: one per distinct prefix.
 
-    def __init__(self) -> None:
+    ``given``: which positions the routed experts of a layer were given when they ran: ``distinct`` ones, the ``last``
+    of every prompt, or, where it is not named, all.
+    """
+
+    def __init__(self, experts: Mapping[int, str]) -> None:
         self.first: Tensor | None = None
         self.place: Tensor | None = None
+        self.given: dict[int, str] = {}
+        self._experts = experts
         self._inside = False
 
     def of(self, prefixes: Tensor) -> None:
@@ -214,16 +222,35 @@ class Distinct:
         everywhere = torch.arange(len(self.place), device=place.device)
         self.first = self.place.new_empty(len(found)).scatter_(0, self.place, everywhere)
 
-    def run(self, forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object) -> object:
-        """A position-wise module on hidden states [B, T, d]."""
+    def run(
+        self, layer: int, branch: str, forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object
+    ) -> object:
+        """A position-wise module of a layer on hidden states [B, T, d], at the distinct positions."""
         if self.first is None or not _works_on(hidden, args):
             return forward(hidden, *args, **kwargs)
+        self._note(layer, branch, "distinct")
         self._inside = True
         try:
             out = forward(hidden.flatten(0, 1)[self.first][None], *args, **kwargs)
         finally:
             self._inside = False
         return _replaced(out, first_of(out)[0][self.place].view_as(hidden))
+
+    def run_last(
+        self, layer: int, branch: str, forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object
+    ) -> object:
+        """The same at the last position of every prompt; it writes nothing elsewhere."""
+        if not _works_on(hidden, args):
+            return forward(hidden, *args, **kwargs)
+        self._note(layer, branch, "last")
+        out = forward(hidden[:, -1:], *args, **kwargs)
+        written = torch.zeros_like(hidden)
+        written[:, -1:] = first_of(out)
+        return _replaced(out, written)
+
+    def _note(self, layer: int, branch: str, given: str) -> None:
+        if self._experts.get(layer) == branch:
+            self.given[layer] = given
 
     def rows(self, x: Tensor) -> Tensor:
         """What is seen [..., n] while the batch runs, a row per distinct prefix, whether it is seen in a module that
@@ -235,15 +262,6 @@ class Distinct:
 def _works_on(hidden: Tensor, others: tuple) -> bool:
     """Whether a module is given hidden states [B, T, d] and nothing else that goes by position."""
     return hidden.dim() == 3 and not any(isinstance(other, Tensor) for other in others)
-
-
-def _at_last_position(forward: Callable[..., object], hidden: Tensor, *args: object, **kwargs: object) -> object:
-    if not _works_on(hidden, args):
-        return forward(hidden, *args, **kwargs)
-    out = forward(hidden[:, -1:], *args, **kwargs)
-    written = torch.zeros_like(hidden)
-    written[:, -1:] = first_of(out)
-    return _replaced(out, written)
 
 
 def _replaced(output: object, first: Tensor) -> object:
@@ -258,12 +276,15 @@ def sparing(decomposition: Decomposition) -> Iterator[Distinct]:
     Changes nothing at the last position, as long as feed-forward parts work position by position. Those that are a bare
     matrix of the layer (OPT), or are given more than hidden states (BLOOM), run in full.
     """
-    distinct, last = Distinct(), len(decomposition.layers) - 1
+    distinct, last = (
+        Distinct({site.layer: site.branch for site in decomposition.routed()}),
+        len(decomposition.layers) - 1,
+    )
     parts = {(s.layer, s.branch) for s in decomposition.sites if s.component == "ffn" and s.name != s.branch}
     with contextlib.ExitStack() as restoring:
         for layer, branch in parts:
             module = decomposition.layers[layer].get_submodule(branch)
-            spare = _at_last_position if layer == last else distinct.run
+            spare = functools.partial(distinct.run_last if layer == last else distinct.run, layer, branch)
             restoring.enter_context(patched(module, lambda forward, spare=spare: functools.partial(spare, forward)))
         yield distinct
 
@@ -306,6 +327,13 @@ class LastPosition:
         with from_layer(self.decomposition, layer + 1, residual[:, None]):
             return last_logits(self.model, self.last[prompts], **self._cache(layer + 1, prompts))
 
+    def until(self, layer: int, residual: Tensor, prompts: Tensor, last: int) -> None:
+        """The same as far as layer ``last``, for what hooks see on the way."""
+        after = range(last + 1, len(self.decomposition.layers))
+        unread = patched(self.decomposition.head, lambda forward: lambda hidden, *_, **__: hidden)
+        with _skipping(self.decomposition, after, _Stream()), unread:
+            self.logits(layer, residual, prompts)
+
     @torch.no_grad()
     def log_prob(self, layer: int, residual: Tensor, prompts: Tensor) -> Tensor:
         """The same as log p(target): float64 [rows]."""
@@ -318,14 +346,14 @@ class LastPosition:
         """
         layers, everyone = self.decomposition.layers, torch.arange(len(self.target), device=self.target.device)
         top = residuals[-1].detach().clone().requires_grad_()
-        with _differentiating():
+        with differentiating():
             value = self.logits(len(layers) - 1, top, everyone).double().log_softmax(-1)
             found = list(torch.autograd.grad(value.gather(1, self.target[:, None]).sum(), top))
         for layer in range(len(layers) - 1, 0, -1):
             below, written = residuals[layer - 1].detach().clone().requires_grad_(), []
             hook = layers[layer].register_forward_hook(lambda m, args, out, to=written: to.append(first_of(out)))
             try:
-                with _differentiating(), _skipping(self.decomposition, range(layer + 1, len(layers)), _Stream()):
+                with differentiating(), _skipping(self.decomposition, range(layer + 1, len(layers)), _Stream()):
                     self.logits(layer - 1, below, everyone)
                     found += torch.autograd.grad(written[0], below, found[-1][:, None])
             finally:
@@ -346,7 +374,7 @@ def _extended(clean: CacheLayerMixin, prompts: Tensor, update: str, *new: object
 
 
 @contextlib.contextmanager
-def _differentiating() -> Iterator[None]:
+def differentiating() -> Iterator[None]:
     """Record gradients. Weights are remembered as they are now: an upcast block gives its float32 copy back before the
     backward pass asks for it."""
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):

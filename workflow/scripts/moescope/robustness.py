@@ -151,13 +151,13 @@ def _tested(placed: pl.DataFrame, step: int | None) -> tuple[_Clean, dict[Entry,
     runs = placed.filter(pl.col("site") != "none").with_columns(_rows=pl.len().over(*_ENTRY, "seed"))
     _refuse_gaps(runs, clean, step)
     runs = runs.filter(pl.col("_rows") == len(clean))  # matched controls of one fold alone are gone
-    values = _measured(runs).reshape(-1, len(clean), len(METRICS))
+    values = measured(runs).reshape(-1, len(clean), len(METRICS))
     removed = runs["removed"].cast(pl.Float64).fill_null(np.nan).to_numpy().reshape(-1, len(clean))
     places: dict[Entry, list[int]] = {}
     for place, row in enumerate(runs.select(*_ENTRY, "seed").unique(maintain_order=True).iter_rows()):
         places.setdefault(Entry(*row[:-1]), []).append(place)
     tested = {entry: _Tested(values[at], removed[at]) for entry, at in places.items()}
-    return _Clean(_measured(clean), clean["_subject"].to_numpy(), clean["_stratum"].to_numpy()), tested
+    return _Clean(measured(clean), clean["_subject"].to_numpy(), clean["_stratum"].to_numpy()), tested
 
 
 def _refuse_gaps(runs: pl.DataFrame, clean: pl.DataFrame, step: int | None) -> None:
@@ -174,7 +174,7 @@ def _refuse_gaps(runs: pl.DataFrame, clean: pl.DataFrame, step: int | None) -> N
             raise RobustnessError(f"{what}; delete ablations.parquet of this step and run again")
 
 
-def _measured(frame: pl.DataFrame) -> np.ndarray:
+def measured(frame: pl.DataFrame) -> np.ndarray:
     """HIT@10, reciprocal rank and log-probability of every row, [rows, metrics]."""
     rank = frame["rank"].to_numpy()
     return np.column_stack([hits(rank, 10), reciprocal_ranks(rank), frame["log_prob"].to_numpy()])
@@ -189,19 +189,18 @@ def _results(known: Prompts, clean: _Clean, tested: Mapping[Entry, _Tested]) -> 
             draws = sums.draws(average, members)
             draws = draws.reshape(len(draws), -1, len(METRICS))
             drop = drops(draws[:, :1], draws[:, 1:])
-            available = draws[0, 0, 0] >= FLOOR - 1e-9  # equal but for rounding
-            factor = 1 if available else np.nan
+            factor = usable(draws[0, 0, 0])
             drop[..., :2] *= factor
             if sums.subjects(members) < 2:
                 drop[1:] = np.nan
             ends = np.stack([end.reshape(drop.shape[1:]) for end in percentiles(drop[1:].reshape(len(drop) - 1, -1))])
-            weights = _weights(clean.stratum, members, average)
+            weights = weights_of(clean.stratum, members, average)
             by_seed = {e: drops(weights @ clean.values, weights @ one.values) for e, one in tested.items()}
             for each in by_seed.values():
                 each[:, :2] *= factor
             for i, (entry, one) in enumerate(tested.items()):
                 seeds = by_seed[entry][: 0 if entry.control == "none" else None]
-                estimated = _estimates(drop[0, i], *ends[:, i], seeds)
+                estimated = estimates_of(drop[0, i], *ends[:, i], seeds)
                 estimates = np.column_stack([draws[0, 0], draws[0, 1 + i], estimated])
                 p = [value if np.isfinite(drop[0, i, m]) else None for m, value in enumerate(_p(entry, by_seed))]
                 removed = tables.number(one.removed.mean(axis=0)[weights > 0] @ weights[weights > 0])
@@ -209,7 +208,7 @@ def _results(known: Prompts, clean: _Clean, tested: Mapping[Entry, _Tested]) -> 
                 yield _Result(entry, scoped, drop[:, i], seeds, estimates, removed, p, sums.prompts(members))
 
 
-def _estimates(value: np.ndarray, low: np.ndarray, high: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+def estimates_of(value: np.ndarray, low: np.ndarray, high: np.ndarray, seeds: np.ndarray) -> np.ndarray:
     """Value, low, high and spread, [metrics, 4], of a result and those of its ``seeds`` [n, metrics] (selection: none).
 
     Subjects and draws of a control are independent, so that the distances which either gives to an end add in
@@ -223,6 +222,11 @@ def _estimates(value: np.ndarray, low: np.ndarray, high: np.ndarray, seeds: np.n
     return np.stack([value, low, high, spread], axis=1)
 
 
+def usable(hit_10: float) -> float:
+    """1 where a clean HIT@10 is large enough for relative drops, else NaN."""
+    return 1.0 if hit_10 >= FLOOR - 1e-9 else np.nan  # equal but for rounding
+
+
 def drops(clean: np.ndarray, ablated: np.ndarray) -> np.ndarray:
     """Drops of averages [..., metrics]: relative for HIT@10 and MRR (NaN where the clean one is 0), in nats for the
     log-probability."""
@@ -232,7 +236,7 @@ def drops(clean: np.ndarray, ablated: np.ndarray) -> np.ndarray:
     return drop
 
 
-def _weights(stratum: np.ndarray, members: list[int], average: str) -> np.ndarray:
+def weights_of(stratum: np.ndarray, members: list[int], average: str) -> np.ndarray:
     """What each prompt counts in an average over these relations, [prompts]; sums to 1."""
     inside = stratum[:, None] == np.array(members)
     each = inside / inside.sum(axis=0) / len(members) if average == "macro" else inside / inside.sum()
@@ -284,7 +288,7 @@ class _Course:
             ("mean", self._all, self._all.mean(), steps),
             ("slope", self._dated, self._dated.slope(), dated),
         ):
-            estimates = _estimates(found[0], *percentiles(found[1 : self._draws]), found[self._draws :])
+            estimates = estimates_of(found[0], *percentiles(found[1 : self._draws]), found[self._draws :])
             for m, metric in enumerate(METRICS):
                 used = int(sums.used[m])
                 yield metric, statistic, (*map(tables.number, estimates[m]), used, asked - used)

@@ -149,7 +149,7 @@ def matched_units(
     where, found, exact = cell[alike], [], 0
     for one in np.flatnonzero(needed):
         others = alike[slice(*np.searchsorted(where, [one, one + 1]))]
-        found.append(_nearest(others, np.abs(magnitude[others] - mean[one]), needed[one], random))
+        found.append(nearest(others, np.abs(magnitude[others] - mean[one]), needed[one], random))
         taken[found[-1]] = True
         needed[one] -= len(found[-1])
         exact += len(found[-1])
@@ -160,12 +160,12 @@ def matched_units(
         found.append(others[apart < farthest])
         last = others[apart == farthest]
         off = np.abs(magnitude[last] - mean[one])
-        found.append(_nearest(last, off, needed[one] - len(found[-1]), random))
+        found.append(nearest(last, off, needed[one] - len(found[-1]), random))
         taken[np.concatenate(found[-2:])] = True
     return np.sort(np.concatenate(found)), exact / len(units)
 
 
-def _nearest(others: np.ndarray, off: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
+def nearest(others: np.ndarray, off: np.ndarray, number: int, random: np.random.Generator) -> np.ndarray:
     """``number`` at random of the twice as many ``others`` that are least ``off`` (equals: at random); all if fewer."""
     order = np.lexsort((random.random(len(others)), off))
     return random.permutation(others[order[: 2 * number]])[:number]

@@ -57,6 +57,18 @@ _NO_INTERVAL = frozenset({"value", "low", "high"})
 
 #: The value without each of the ten groups of subjects.
 _WITHOUT = {f"without_{g}": pl.Float64 for g in range(10)}
+#: A head and an expert of the same layer or a later one.
+_PAIR = dict.fromkeys(("head_layer", "head", "layer", "expert"), ID)
+#: What tells one intervention on experts or heads of a checkpoint from another.
+_INTERVENED = {
+    **dict.fromkeys(("experiment", "mode", "semantics", "weights"), TEXT),
+    "shared": FLAG,
+    "size": ID,
+    **dict.fromkeys(("importance", "relation"), TEXT),
+    "fold": ID,
+    "control": TEXT,
+    **dict.fromkeys(("seed", "layer", "head", "expert"), ID),
+}
 #: What tells one ablation result of a checkpoint from another.
 _ABLATED = {
     **dict.fromkeys(("site", "size", "ranking", "control"), TEXT),
@@ -167,6 +179,56 @@ SCHEMAS: dict[str, Schema] = {
     "masked_groups": Schema(
         {"layer": ID, "neuron": ID, "seed": ID, "active": COUNT, "importance": SCORE, **_GROUPS},
         key=("layer", "neuron", "seed"),
+    ),
+    # study collaboration, of one checkpoint. The ten leading experts of a relation by every method; fold is the one
+    # that is tested with them, they were found on the other (null: found on all prompts)
+    "expert_importance": Schema(
+        {
+            **dict.fromkeys(("relation", "method"), TEXT),
+            **dict.fromkeys(("fold", "rank", "layer", "expert"), ID),
+            "importance": pl.Float64,
+        },
+        key=("relation", "method", "fold", "rank"),
+        nullable=frozenset({"fold"}),
+    ),
+    # pairs of a head and an expert: r of LPI and probability where the pair was found, p and quantiles of the largest
+    # |r| of as many unrelated pairs; r_tested and p_tested on the prompts of fold, from which the pair was not found
+    "associations": Schema(
+        {
+            "relation": TEXT,
+            "fold": ID,
+            **_PAIR,
+            **dict.fromkeys(("r", "p", "r_tested", "p_tested", "null_median", "null_95"), pl.Float64),
+            **dict.fromkeys(("pairs", "prompts"), COUNT),
+        },
+        key=("relation", "fold", *_PAIR),
+        nullable=frozenset({"relation", "fold", "r_tested", "p_tested"}),
+    ),
+    # what happens to the prompts when routers are given less to choose from, or a head or an expert is interfered with
+    "expert_interventions": Schema(
+        {**_INTERVENED, "prompt_id": TEXT, "rank": COUNT, "log_prob": SCORE},
+        key=(*_INTERVENED, "prompt_id"),
+        nullable=frozenset(_INTERVENED) - {"experiment", "control"},
+    ),
+    # probability that routers give at the last position, clean and without a head: to one expert, or (null) to the
+    # clean top K together. layer, head are those of the pair, for which a control zeroes another head of the layer
+    "gates": Schema(
+        {
+            **dict.fromkeys(("layer", "head"), ID),
+            "control": TEXT,
+            "seed": ID,
+            "prompt_id": TEXT,
+            **dict.fromkeys(("gate_layer", "expert"), ID),
+            **dict.fromkeys(("clean", "suppressed"), SCORE),
+        },
+        key=("layer", "head", "control", "seed", "prompt_id", "gate_layer", "expert"),
+        nullable=frozenset({"seed", "expert"}),
+    ),
+    # integrated gradients of an expert's probability by the heads of head_layer; null is the rest of the residual
+    "gradients": Schema(
+        {"prompt_id": TEXT, **_PAIR, **dict.fromkeys(("attribution", "gap"), SCORE)},
+        key=("prompt_id", "head_layer", "layer", "expert", "head"),
+        nullable=frozenset({"head"}),
     ),
     "exposure": Schema({"prompt_id": TEXT, "exposures": COUNT, "held_out": FLAG}, key=("prompt_id",)),
     "training": Schema({"step": COUNT, "tokens": COUNT, "loss": pl.Float64, "lr": pl.Float64}, key=("step",)),
@@ -291,6 +353,150 @@ SCHEMAS: dict[str, Schema] = {
         {**dict.fromkeys(("moe", "dense", "claim"), TEXT), "beyond_sparsity": FLAG, "because": TEXT},
         key=("moe", "dense", "claim"),
         nullable=frozenset({"beyond_sparsity"}),
+    ),
+    # results/collaboration/<series>/. gains: of a layer, up to it (cumulative; share: of the total), of a stage
+    "gains": Schema(
+        {
+            "step": COUNT,
+            **dict.fromkeys(("component", "quantity", "stage"), TEXT),
+            "layer": ID,
+            **_INTERVAL,
+        },
+        key=("step", "component", "quantity", "stage", "layer"),
+        nullable=_NO_INTERVAL | {"step", "stage", "layer"},
+    ),
+    # value is the metric under a budget, drop what is lost of the clean one (relative; of log_prob: nats)
+    "budgets": Schema(
+        {
+            "step": COUNT,
+            "mode": TEXT,
+            "size": ID,
+            "weights": TEXT,
+            "shared": FLAG,
+            **dict.fromkeys(("scope", "name", "average", "metric"), TEXT),
+            **_INTERVAL,
+            **{f"drop_{end}": pl.Float64 for end in _INTERVAL},
+            "prompts": COUNT,
+        },
+        key=("step", "mode", "size", "weights", "shared", "scope", "name", "average", "metric"),
+        nullable=_NO_INTERVAL | {"step", "name", *(f"drop_{end}" for end in _INTERVAL)},
+    ),
+    # value is what is lost of the clean metric (relative; of log_prob: nats); excess: beyond the control of these names
+    "blocking": Schema(
+        {
+            "step": COUNT,
+            "semantics": TEXT,
+            "size": ID,
+            "control": TEXT,
+            "crossfit": FLAG,
+            **dict.fromkeys(("scope", "name", "average", "metric"), TEXT),
+            **dict.fromkeys(("clean", "blocked"), pl.Float64),
+            **_INTERVAL,
+            **{f"excess_{end}": pl.Float64 for end in _INTERVAL},
+            **dict.fromkeys(("spread", "p"), pl.Float64),
+            **dict.fromkeys(("prompts", "seeds"), COUNT),
+        },
+        key=("step", "semantics", "size", "control", "crossfit", "scope", "name", "average", "metric"),
+        nullable=_NO_INTERVAL | {"step", "name", "spread", "p", *(f"excess_{end}" for end in _INTERVAL)},
+    ),
+    # experts that two lists of a relation have in common; other: another method, or the paper (published)
+    "expert_overlap": Schema(
+        {
+            "step": COUNT,
+            **dict.fromkeys(("relation", "method", "other"), TEXT),
+            **dict.fromkeys(("size", "other_size", "common"), COUNT),
+            **dict.fromkeys(("chance", "chance_given_layers", "p"), pl.Float64),
+        },
+        key=("step", "relation", "method", "other"),
+        nullable=frozenset({"step"}),
+    ),
+    # of every pair (null: all pairs) what its head does to its expert, beside the control; gate_layer: of later routers
+    "causality": Schema(
+        {
+            "step": COUNT,
+            **_PAIR,
+            "fold": ID,
+            "quantity": TEXT,
+            "gate_layer": ID,
+            **_INTERVAL,
+            **{f"control_{end}": pl.Float64 for end in _INTERVAL},
+            **{f"excess_{end}": pl.Float64 for end in _INTERVAL},
+            "prompts": COUNT,
+        },
+        key=("step", *_PAIR, "fold", "quantity", "gate_layer"),
+        nullable=_NO_INTERVAL
+        | {"step", *_PAIR, "fold", "gate_layer"}
+        | {f"{one}_{end}" for one in ("control", "excess") for end in _INTERVAL},
+    ),
+    # share of a kind among the leading neurons; chance_active: among those active, chance_all: among all
+    "neuron_types": Schema(
+        {
+            "step": COUNT,
+            "top": COUNT,
+            **dict.fromkeys(("ranking", "scope", "name", "kind"), TEXT),
+            **_INTERVAL,
+            **dict.fromkeys(("chance_active", "chance_all"), pl.Float64),
+        },
+        key=("step", "top", "ranking", "scope", "name", "kind"),
+        nullable=_NO_INTERVAL | {"step", "name"},
+    ),
+    "shared_neurons": Schema(
+        {
+            "step": COUNT,
+            **dict.fromkeys(("relation", "within"), TEXT),
+            **dict.fromkeys(("rank", "layer", "neuron"), ID),
+            "importance": pl.Float64,
+        },
+        key=("step", "relation", "within", "rank"),
+        nullable=frozenset({"step"}),
+    ),
+    # Jaccard overlap of leading neurons: of two relations' (relations), of two prompts' of one relation (samples) or of
+    # two (strangers)
+    "neuron_overlap": Schema(
+        {
+            "step": COUNT,
+            **dict.fromkeys(("kind", "comparison", "relation", "other"), TEXT),
+            **_INTERVAL,
+            "chance": pl.Float64,
+        },
+        key=("step", "kind", "comparison", "relation", "other"),
+        nullable=_NO_INTERVAL | {"step", "relation", "other", "chance"},
+    ),
+    # results/collaboration/all/: series beside each other, and the published numbers
+    "efficiency": Schema(
+        {
+            "series": TEXT,
+            "step": COUNT,
+            "quantity": TEXT,
+            **_INTERVAL,
+            "published": pl.Float64,
+            "note": TEXT,
+        },
+        key=("series", "step", "quantity"),
+        nullable=_NO_INTERVAL | {"step", "published", "note"},
+    ),
+    "relation_accuracy": Schema(
+        {
+            "series": TEXT,
+            "step": COUNT,
+            **dict.fromkeys(("relation", "metric"), TEXT),
+            **_INTERVAL,
+            "prompts": COUNT,
+        },
+        key=("series", "step", "relation", "metric"),
+        nullable=_NO_INTERVAL | {"step"},
+    ),
+    "beside_published": Schema(
+        {
+            **dict.fromkeys(("series", "table", "quantity", "condition", "relation"), TEXT),
+            **_INTERVAL,
+            **{f"null_{end}": pl.Float64 for end in _INTERVAL},
+            "null": TEXT,
+            "published": pl.Float64,
+            "note": TEXT,
+        },
+        key=("series", "table", "quantity", "condition", "relation"),
+        nullable=_NO_INTERVAL | {"relation", "null_value", "null_low", "null_high", "null", "note"},
     ),
     **{
         f"table_{number}": Schema(
