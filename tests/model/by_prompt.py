@@ -32,19 +32,22 @@ def build(name: str, experts: int = 12, slots: int = 3, **over: object) -> nn.Mo
 def prompts() -> pl.DataFrame:
     """Two relations ask the same questions, so that prompts of both are equal, and two more begin like each other; of
     each, subjects in both folds; several lengths."""
-    some = models.prompts(2).filter(pl.col("subject").is_in(["the United Mexican States", "Switzerland"]).not_())
+    spain = (pl.col("subject") == "the Kingdom of Spain in Europe") & pl.col("relation").str.starts_with("capital")
+    some = models.prompts(2).filter(pl.col("subject").is_in(["France", "Italy"]) | spain)
     return some.with_columns(group=pl.col("subject").replace_strict({"France": 1, "Italy": 7}, default=3))
 
 
 @dataclass
 class Seen:
     """One prompt of T tokens: ``logits`` [V] at its last position; by layer, what it reads (``hidden`` [T, d]) and what
-    its heads put out (``heads`` [T, n]); by layer that routes, ``router`` [T, E], ``index`` and ``weight`` [T, K]."""
+    its heads put out (``heads`` [T, n]); by layer that routes, ``router`` [T, E], what experts are ``given`` [T, d],
+    ``index`` and ``weight`` [T, K]."""
 
     logits: Tensor | None = None
     hidden: dict[int, Tensor] = field(default_factory=dict)
     heads: dict[int, Tensor] = field(default_factory=dict)
     router: dict[int, Tensor] = field(default_factory=dict)
+    given: dict[int, Tensor] = field(default_factory=dict)
     index: dict[int, Tensor] = field(default_factory=dict)
     weight: dict[int, Tensor] = field(default_factory=dict)
 
@@ -75,16 +78,25 @@ def blocks(model: nn.Module) -> dict[int, nn.Module]:
 def run(model: nn.Module, tokens: tuple[int, ...]) -> Seen:
     """The model on one prompt."""
     seen, hooks = Seen(), []
+
+    def read(layer: int, args: tuple, kwargs: dict) -> None:
+        seen.hidden[layer] = (args[0] if args else kwargs["hidden_states"])[0]
+
+    def put_out(layer: int, args: tuple) -> None:
+        seen.heads[layer] = args[0][0]
+
+    def said(layer: int, output: tuple) -> None:
+        seen.router[layer] = output[0]
+
+    def used(layer: int, args: tuple) -> None:
+        seen.given[layer], seen.index[layer], seen.weight[layer] = args
+
     for i, layer in enumerate(model.model.layers):
-        keep = lambda m, a, k, i=i: seen.hidden.update({i: (a[0] if a else k["hidden_states"])[0]})  # noqa: E731
-        hooks.append(layer.register_forward_pre_hook(keep, with_kwargs=True))
-        put_out = lambda m, a, i=i: seen.heads.update({i: a[0][0]})  # noqa: E731
-        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(put_out))
+        hooks.append(layer.register_forward_pre_hook(lambda m, a, k, i=i: read(i, a, k), with_kwargs=True))
+        hooks.append(layer.self_attn.o_proj.register_forward_pre_hook(lambda m, a, i=i: put_out(i, a)))
     for i, block in blocks(model).items():
-        said = lambda m, a, out, i=i: seen.router.update({i: out[0]})  # noqa: E731
-        hooks.append(block.gate.register_forward_hook(said))
-        used = lambda m, a, i=i: (seen.index.update({i: a[1]}), seen.weight.update({i: a[2]}), None)[-1]  # noqa: E731
-        hooks.append(block.experts.register_forward_pre_hook(used))
+        hooks.append(block.gate.register_forward_hook(lambda m, a, out, i=i: said(i, out)))
+        hooks.append(block.experts.register_forward_pre_hook(lambda m, a, i=i: used(i, a)))
     seen.logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
     for hook in hooks:
         hook.remove()

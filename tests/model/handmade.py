@@ -1,8 +1,8 @@
 """Models whose every weight is set by hand, so that what each head and expert does is known before it is measured.
 
 The stream is cut into blocks of coordinates of one purpose each. A constant, much larger than all else, makes up nearly
-the whole of every norm, so that a module reads what stands in the stream but for a few per cent; it also serves as bias.
-Queries and keys are 0: a head reads the mean over all positions up to its own.
+the whole of every norm, so that a module reads what stands in the stream, but for a few per cent; it also serves as
+bias. Queries and keys are 0: a head reads the mean over all positions up to its own.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Bench:
         self.layers[layer].mlp.gate.weight.data[expert] = self.reads(bias, **blocks)
 
     def neurons(self, layer: int, expert: int | None, neurons: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
-        """The neurons of an expert (None: the shared one): what their gate and their up branch read, what they write."""
+        """The neurons of an expert (None: the shared one): what their gate and up branch read, and what they write."""
         gate, up, down = (torch.stack(rows) for rows in zip(*neurons, strict=True))
         mlp = self.layers[layer].mlp
         if expert is None:
@@ -257,14 +257,14 @@ def _murmur(bench: Bench, random: np.random.Generator) -> tuple[Tensor, Tensor, 
 
 # --- a model in which all heads, and all experts, are alike
 
-ALIKE, TOKENS = 12, 64
+ALIKE, TOKENS = 12, 16
 
 
 def exchangeable(seed: int, driving: bool = False) -> Known:
     """A model of one layer in which no expert, and no head, is different from another, and random answers.
 
     The router reads a coordinate of its own for every expert, independent and equally distributed over subjects; every
-    expert writes, by neurons that read the same, along a direction of its own; and each of the 64 answers adds and
+    expert writes, by neurons that read the same, along a direction of its own; and each of the 16 answers adds and
     subtracts these directions as a row of a Hadamard matrix says. Over answers drawn at random, which these are, every
     column has mean 0, and any two do the same: exchanging experts changes no expectation. Heads copy coordinates of
     their own, independent of the router's, to a common block that answers read likewise. ``driving``: routers read that
@@ -294,7 +294,7 @@ _INPUTS = ("own", *(f"head{head}" for head in range(HEADS)), "noise")
 @functools.cache
 def _alike(driving: bool) -> tuple[Bench, list[str], list[str]]:
     """The weights of ``exchangeable`` but for the embeddings, its subjects and its answers."""
-    subjects, answers = [f"thing{i:02}" for i in range(24)], [f"word{i:02}" for i in range(TOKENS)]
+    subjects, answers = [f"thing{i:02}" for i in range(40)], [f"word{i:02}" for i in range(TOKENS)]
     blocks = {**dict.fromkeys(_INPUTS, ALIKE), "common": ALIKE, "noise": NOISE, "answer": ALIKE}
     shape = {"num_experts": ALIKE, "num_experts_per_tok": 2, "num_hidden_layers": 1, "intermediate_size": NOISE}
     bench = Bench("olmoe", ["first", "second", *subjects, *answers], blocks, **shape)
@@ -305,5 +305,6 @@ def _alike(driving: bool) -> tuple[Bench, list[str], list[str]]:
         gates = [bench.reads(bias=1.0, noise=one) for one in np.eye(NOISE)]
         bench.neurons(0, expert, [(gate, bench.reads(bias=1.0), bench.writes(answer=0.2 * own)) for gate in gates])
     for word, signs in zip(answers, hadamard(TOKENS), strict=True):
-        bench.answers(word, 10.0, answer=1.0 * signs[1 : 1 + ALIKE], common=0.15 * signs[1 + ALIKE : 1 + 2 * ALIKE])
+        own = signs[1 : 1 + ALIKE]
+        bench.answers(word, 10.0, answer=own, common=0.15 * own)
     return bench, subjects, answers

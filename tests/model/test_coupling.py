@@ -1,5 +1,4 @@
-"""Heads zeroed in copied models, experts added by loops, paths integrated by hand: what pairs of a head and an expert are
-held to."""
+"""Pairs of a head and an expert, against heads zeroed in copies, experts added by hand and paths integrated by hand."""
 
 from __future__ import annotations
 
@@ -14,7 +13,6 @@ from polars.testing import assert_frame_equal
 from torch import nn
 
 from moescope import clean, coupling, expert_ablation, expert_sets, passes, precision, replay, tables
-from moescope.coupling import Tested
 from moescope.interventions import InterventionError
 from moescope.pairs import Pair, PairError
 from tests.model import by_prompt, models, references
@@ -24,14 +22,14 @@ SEEDS = 2
 FOLDS = {0: range(5), 1: range(5, 10)}
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """A model, its clean run, and everything about some pairs."""
 
     name: str
     model: nn.Module
     run: clean.CleanRun
-    tested: list[Tested]
+    tested: list[coupling.Tested]
     table: pl.DataFrame
     gates: pl.DataFrame
     gradients: pl.DataFrame
@@ -57,21 +55,14 @@ class Case:
         return {prompt for prompt, group in groups if fold is None or group in FOLDS[fold]}
 
 
-def __hash__(self: Case) -> int:
-    return id(self)
-
-
-Case.__hash__ = __hash__
-
-
 def start(name: str) -> tuple[nn.Module, clean.CleanRun]:
     model = by_prompt.build(name, experts=6, slots=2)
     return model, clean.CleanRun.of(model, models.tokenizer(), by_prompt.prompts())
 
 
-def tested_on(run: clean.CleanRun, pair: tuple[int, int, int, int], fold: int | None) -> Tested:
+def pair_on(run: clean.CleanRun, pair: tuple[int, int, int, int], fold: int | None) -> coupling.Tested:
     inside = np.array([fold is None or group in FOLDS[fold] for group in run.prompts["group"]])
-    return Tested(Pair(*pair), inside, fold)
+    return coupling.Tested(Pair(*pair), inside, fold)
 
 
 def popular(run: clean.CleanRun, layer: int, but: int = -1) -> int:
@@ -81,7 +72,7 @@ def popular(run: clean.CleanRun, layer: int, but: int = -1) -> int:
     return int(counts.argmax())
 
 
-def follow(run: clean.CleanRun, tested: list[Tested], seeds: int = SEEDS) -> tuple[pl.DataFrame, pl.DataFrame]:
+def follow(run: clean.CleanRun, tested: list[coupling.Tested], seeds: int = SEEDS) -> tuple[pl.DataFrame, pl.DataFrame]:
     """The tables ``expert_interventions`` and ``gates``."""
     labels = expert_sets.parts(run.prompts)[1]
     routing, _ = passes.clean_routing(run, replay.by_length(run, labels.tolist()))
@@ -96,7 +87,7 @@ def follow(run: clean.CleanRun, tested: list[Tested], seeds: int = SEEDS) -> tup
 
 @functools.cache
 def case(name: str) -> Case:
-    """Two pairs share a head, and one of them is tested on both folds; one lies in the last layer; given in no order."""
+    """Two pairs share a head, one of them tested on both folds; one lies in the last layer; given in no order."""
     with torch.no_grad():
         model, run = start(name)
         with precision.computing_in_float32(model):
@@ -108,7 +99,7 @@ def case(name: str) -> Case:
                 ((0, 1, first, two), 0),
                 ((0, 1, 2, one), 0),
             ]
-            tested = [tested_on(run, pair, fold) for pair, fold in pairs]
+            tested = [pair_on(run, pair, fold) for pair, fold in pairs]
             return Case(name, model, run, tested, *follow(run, tested), coupling.integrated_gradients(run, tested))
 
 
@@ -144,10 +135,13 @@ def test_suppression_against_copied_models(name):
                 expected += 1
     assert len(rows) == expected
     assert moved > expected / 2, "the case must arise: heads that matter"
-    said = rows.select(
-        pl.all().exclude("mode", "fold", "control", "seed", "layer", "head", "prompt_id", "rank", "log_prob")
-    )
-    assert said.unique().rows() == [("suppression", None, None, None, None, None, None, None)]
+    assert says_nothing_else(rows, "layer", "head")
+
+
+def says_nothing_else(rows: pl.DataFrame, *names: str) -> bool:
+    """Columns that belong to other experiments are null."""
+    said = {"experiment", "mode", "fold", "control", "seed", *names, "prompt_id", "rank", "log_prob"}
+    return all(column.null_count() == len(column) for column in rows.drop(said))
 
 
 @pytest.mark.parametrize("name", by_prompt.FAMILIES)
@@ -227,18 +221,13 @@ def test_forcing_against_adding_the_expert(name):
     assert len(rows) == expected
     assert moved > expected / 3, "the case must arise: experts that matter"
     assert {True, False} == CASES, "the case must arise: experts that were chosen, and that were not"
-    said = rows.select(
-        pl.all().exclude(
-            "mode", "fold", "control", "seed", *("layer", "head", "expert", "prompt_id", "rank", "log_prob")
-        )
-    )
-    assert said.unique().rows() == [("forcing", None, None, None, None, None, None)]
+    assert says_nothing_else(rows, "layer", "head", "expert")
 
 
 def test_controls_are_the_same_for_pairs_that_share_a_head_and_no_more_than_there_are():
     with torch.no_grad():
-        model, run = start("olmoe")
-        tested = [tested_on(run, (1, 2, 2, e), None) for e in (0, 5)]
+        _, run = start("olmoe")
+        tested = [pair_on(run, (1, 2, 2, e), None) for e in (0, 5)]
         table, gates = follow(run, tested, seeds=5)
         for part in (table, gates):
             assert set(part["prompt_id"]) == set(run.prompts["prompt_id"])
@@ -277,7 +266,7 @@ def test_a_pair_that_is_not_there_is_an_error(pair, error, message):
     with torch.no_grad():
         model, run = start("qwen2_moe")
         with pytest.raises(error, match=message):
-            follow(run, [tested_on(run, pair, None)])
+            follow(run, [pair_on(run, pair, None)])
         assert by_prompt.untouched(model)
 
 
@@ -286,7 +275,7 @@ def test_weights_come_back():
     with torch.no_grad():
         model, run = start("qwen2_moe")
         before = [(p, p.data_ptr(), p.clone()) for p in model.parameters()]
-        tested = [tested_on(run, (0, 1, 2, 3), None)]
+        tested = [pair_on(run, (0, 1, 2, 3), None)]
         follow(run, tested)
         coupling.integrated_gradients(run, tested, steps=4)
     assert all(p.data_ptr() == at and torch.equal(p, x) and p.grad is None for p, at, x in before)
@@ -357,7 +346,7 @@ def test_a_route_over_later_layers_against_whole_passes(name):
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(coupling.STEPS))
     alpha = torch.cat([torch.tensor([0.0, 1.0], dtype=torch.float64), (nodes + 1) / 2])
     read = []
-    for p in (0, 5, 11):
+    for p in (0, 5, 9):
         ids = torch.tensor([it.run.targets[p].tokens]).expand(len(alpha), -1)
         path = []
 
@@ -401,10 +390,10 @@ def test_the_path_in_fewer_steps_and_in_parts(monkeypatch):
     """As many prompts and rows at once as fit changes nothing; a coarser quadrature leaves a larger gap."""
     with torch.no_grad():
         _, run = start("olmoe")
-        tested = [tested_on(run, (0, 2, 1, 4), None)]
+        tested = [pair_on(run, (1, 2, 1, 4), None)]
         whole, coarse = (coupling.integrated_gradients(run, tested, steps) for steps in (32, 1))
         monkeypatch.setattr(coupling, "_PROMPTS", 3)
         monkeypatch.setattr(coupling, "_ROWS", 5)
         parts = coupling.integrated_gradients(run, tested, 32)
     assert_frame_equal(whole, parts, abs_tol=1e-5)
-    assert coarse["gap"].abs().mean() > 3 * whole["gap"].abs().mean()
+    assert coarse["gap"].abs().mean() > 100 * whole["gap"].abs().mean()

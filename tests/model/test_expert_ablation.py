@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -213,7 +214,7 @@ def test_the_whole_table_against_routers_by_hand(name):
     assert bool(unlucky) == (name == "glm4_moe"), "the case must arise"
     assert rows.keys() == {key for key in wanted if set_of(key) not in unlucky}
     undisturbed = {key[-1]: row[-1] for key, row in rows.items() if key[0] == "clean"}
-    moved, compared = 0, sorted(rows, key=str)[:: 1 if name in WHOLE else 23]
+    moved, compared = 0, sorted(rows, key=str)[:: 1 if name in WHOLE else 31]
     for key in compared:
         score, (*_, rank, log_prob) = wanted[key](), rows[key]
         assert log_prob == pytest.approx(score.log_prob, abs=2e-4), key
@@ -380,10 +381,9 @@ def reported(model: nn.Module, importance: pl.DataFrame, asked: experiments.Aske
         return experiments.intervene_run(run, importance, associations(pairs), asked)
 
 
-@pytest.mark.parametrize("name", ["olmoe", "qwen2_moe"])
-def test_weights_stored_in_bfloat16_give_the_float32_results(name):
+def test_weights_stored_in_bfloat16_give_the_float32_results():
     """And what was changed comes back bit by bit."""
-    stored = by_prompt.build(name, dtype=torch.bfloat16)
+    stored = by_prompt.build("qwen2_moe", dtype=torch.bfloat16)
     before = [(p, p.data_ptr(), p.clone()) for p in stored.parameters()]
     whole = copy.deepcopy(stored)
     for parameter in whole.parameters():
@@ -438,7 +438,7 @@ def test_a_pair_that_is_found_and_named_has_one_row_in_gates():
         key = list(tables.SCHEMAS[table].key)
         again = both[table].join(found[table].select(key), on=key, how="semi", nulls_equal=True)
         assert_frame_equal(again, found[table], abs_tol=1e-6)
-    assert len(both["gates"]) == 12 * 2 * (3 + 1 + 1 + 1)
+    assert len(both["gates"]) == 10 * 2 * (3 + 1 + 1 + 1)
 
 
 def test_the_report():
@@ -446,11 +446,14 @@ def test_the_report():
     model = by_prompt.build("olmoe")
     few = dataclasses.replace(FEW, semantics=("reroute",))
     found, report = reported(model, leading(model, grouped=False), few, [])
-    assert report["left_out"] == [
+    *left_out, one, five, ten = report["notes"]
+    assert left_out == [
         "language1: top 10, matched control: too few other experts in a layer",
         "blocking by reroute, top 10, control none: no router would have enough others, language1",
     ]
-    assert set(report["hits"]) == {"1", "5", "10"}
+    for size, line in ((1, one), (5, five), (10, ten)):
+        ratio = re.fullmatch(rf"the leading {size} experts .* chosen (\d\.\d\d) times as often as their .*", line)
+        assert 0.5 < float(ratio[1]) < 2
     assert report["replay_error"] < 1e-5
     assert len(found["gates"]) == len(found["gradients"]) == 0
 
@@ -459,8 +462,8 @@ def test_where_nobody_knows_what_routers_make_of_their_logits():
     """Phi-MoE: slots and experts are taken away all the same, and it is said why no pair is followed."""
     one = [("capital0", METHOD, fold, 1, 0, 2, 1.0) for fold in (None, 0, 1)]
     found, report = reported(models.build("phimoe"), tables.of_rows(one, "expert_importance"), ASKED)
-    assert any("what the routers make of their logits is not known" in line for line in report["left_out"])
-    assert any(line.startswith("blocking by reroute, top 1, control none: layer 0") for line in report["left_out"])
+    assert any("what the routers make of their logits is not known" in line for line in report["notes"])
+    assert any(line.startswith("blocking by reroute, top 1, control none: layer 0") for line in report["notes"])
     assert set(found["expert_interventions"].select("experiment", "semantics").unique().rows()) == {
         ("clean", None),
         ("budget", None),

@@ -1,11 +1,12 @@
 """Zeroing neurons is what deleting their weights in a copied model is, and leaves no trace."""
 
+import contextlib
 import copy
 
 import pytest
 import torch
 
-from moescope import interventions, precision
+from moescope import interventions, precision, routing
 from moescope.decomposition import Decomposition, decoder_of
 from moescope.interventions import InterventionError, Target, head, zeroed
 from tests.model import models
@@ -146,3 +147,126 @@ def test_what_is_not_there_is_an_error_and_nothing_changes(targets, message):
 def test_a_head_that_is_not_there_is_an_error(layer, number):
     with pytest.raises(InterventionError, match=f"layer {layer} has no head {number}"):
         interventions.head(Decomposition(models.build("llama")), layer, number)
+
+
+# ---- experts blocked position by position --------------------------------------------------------------------------
+
+LAYER = 2
+WAYS = ["reroute", "reroute_logit", "min_logit", "zero_weight"]
+MIXTURES = ["olmoe", "olmoe_normed", "mixtral", "qwen2_moe", "deepseek_v3"]
+
+
+def gave(model, blocked=None, how="zero_weight"):
+    """What the experts of a layer are given when some are blocked: (index, weight) [N, K], K by their number."""
+    with torch.no_grad(), contextlib.ExitStack() as within:
+        decomposition = Decomposition(model)
+        if blocked is not None:
+            within.enter_context(interventions.block(decomposition, {LAYER: blocked}, how))
+        with routing.watched(decomposition) as found:
+            model(IDS)
+    index, order = found[LAYER].index.sort(1)
+    return index, found[LAYER].weight.gather(1, order)
+
+
+def random_mask(seed=0):
+    """One expert or none at every position."""
+    generator = torch.Generator().manual_seed(seed)
+    numbers = torch.randint(-3, 6, (IDS.numel(),), generator=generator)
+    mask = torch.zeros(IDS.numel(), 6, dtype=torch.bool)
+    mask[numbers >= 0, numbers[numbers >= 0]] = True
+    return mask
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("name", MIXTURES)
+def test_a_mask_is_a_list_at_every_position(name, how):
+    """Each position as when its own experts are blocked everywhere; those without any as when nobody is."""
+    model, mask = models.build(name), random_mask()
+    found, free = gave(model, mask, how), gave(model)
+    lists = {tuple(row.nonzero()[:, 0].tolist()) for row in mask}
+    assert () in lists
+    assert len(lists) > 4
+    moved = 0
+    for experts in lists:
+        alone = gave(model, list(experts), how) if experts else free
+        here = torch.tensor([tuple(row.nonzero()[:, 0].tolist()) == experts for row in mask])
+        for mine, its, clean in zip(found, alone, free, strict=True):
+            assert torch.allclose(mine[here].double(), its[here].double(), rtol=1e-6, atol=0)
+            moved += int((mine[here] != clean[here]).any(1).sum()) * bool(experts)
+    assert moved > 2, "the case must arise: experts that were chosen"
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize("name", ["olmoe", "deepseek_v3"])
+def test_a_mask_that_is_the_same_everywhere_is_a_list(name, how):
+    model, mask = models.build(name), torch.zeros(IDS.numel(), 6, dtype=torch.bool)
+    mask[:, 4] = True
+    with torch.no_grad():
+        found = []
+        for blocked in (mask, [4], mask[:1]):
+            with interventions.block(Decomposition(model), {1: blocked, LAYER: blocked}, how):
+                found.append(model(IDS).logits)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[2], found[1])
+    assert (found[0] - logits(model)).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("how", WAYS)
+def test_a_mask_of_nobody_changes_nothing(how):
+    model = models.build("mixtral")
+    clean = logits(model)
+    with interventions.block(Decomposition(model), {1: torch.zeros(IDS.numel(), 6, dtype=torch.bool)}, how):
+        assert torch.equal(logits(model), clean)
+
+
+@pytest.mark.parametrize("how", WAYS)
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((26, 6), "experts are named at 26 positions, 27 run; name them at each"),
+        ((54, 6), "experts are named at 54 positions, 27 run"),
+        ((27, 5), "layer 2: 5 experts by position, the layer has 6"),
+        ((27, 7), "layer 2: 7 experts by position, the layer has 6"),
+    ],
+)
+def test_a_mask_of_another_size_is_an_error(how, shape, message):
+    model, mask = models.build("qwen2_moe"), torch.zeros(shape, dtype=torch.bool)
+    mask[:, 0] = True
+    with pytest.raises(InterventionError, match=message) as told, torch.no_grad():
+        gave(model, mask, how)
+    assert "\n" not in str(told.value)
+    assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(27, 6), torch.zeros(6, dtype=torch.bool)])
+def test_a_mask_of_another_kind_is_an_error(mask):
+    """Numbers, and a mask without positions."""
+    with pytest.raises(InterventionError, match="name experts as lists of numbers by layer"):
+        gave(models.build("olmoe"), mask)
+
+
+def test_a_mask_where_no_expert_routes_is_an_error():
+    model = models.build("qwen2_moe")
+    mask = torch.ones(27, 6, dtype=torch.bool)
+    with pytest.raises(InterventionError, match="layer 1, routed, expert 0: the model has 0 such sites"):
+        interventions.block(Decomposition(model), {1: mask}).__enter__()
+
+
+def test_a_mask_that_leaves_too_few_at_one_position_is_an_error():
+    mask = torch.zeros(27, 6, dtype=torch.bool)
+    mask[13, :5] = True
+    with pytest.raises(InterventionError, match="too few others can take their place"):
+        gave(models.build("olmoe"), mask, "reroute")
+
+
+@pytest.mark.parametrize("how", ["reroute", "min_logit"])
+@pytest.mark.parametrize("blocked", [[0, 1, 2, 3], [2, 3, 4, 5], [6, 7, 8, 9]])
+def test_a_group_that_is_left_with_too_few_is_an_error(blocked, how):
+    """Two of its six experts for three slots: nobody of the group that lost may help out, whatever ``topk`` makes of
+    scores that are all -inf."""
+    model = models.build("glm4_moe", n_routed_experts=12, num_experts_per_tok=3)
+    index, _ = gave(model)
+    assert (index[:, 0] // 6 == blocked[0] // 6).any(), "the case must arise: a position that goes to this group"
+    with pytest.raises(InterventionError, match="too few others can take their place"):
+        gave(model, blocked, how)

@@ -117,4 +117,5 @@ def test_the_lines_of_the_readme_run(tmp_path: Path, facts_csv: Path, monkeypatc
     names: dict = {}
     exec(lines, names)
     assert len(names["broken"]) > 0
+    assert set(names["found"]) == {"expert_interventions", "gates", "gradients"}
     assert set(names["routing"]) == set(range(4))

@@ -256,7 +256,10 @@ def test_gradient_shares_by_hand():
     found = cell(table, "gradient_share_with_rest")
     assert found["value"] == pytest.approx(1.5 / 4.5)
     assert interval(found) == pytest.approx(ends(with_rest), rel=1e-5)
-    assert found["control_value"] == pytest.approx(1 / HEADS)
+    assert found["control_value"] == pytest.approx(2.5 / 4.5 / HEADS)  # the mean head
+    mean = means(heads) / means(heads + 0.2) / HEADS
+    assert interval(found, "control_") == pytest.approx(ends(mean), rel=1e-5)
+    assert interval(found, "excess_") == pytest.approx(ends(with_rest - mean), rel=1e-5)
     found = cell(table, "gradient_gap")
     assert found["value"] == pytest.approx(0.02 / 0.2)  # signs do not cancel
     with np.errstate(divide="ignore"):

@@ -2,12 +2,13 @@
 
 import copy
 import dataclasses
+import inspect
 
 import jsonschema
 import pytest
 import yaml
 
-from moescope import config, pretraining
+from moescope import association, collaboration_report, config, expert_importance, pretraining
 from tests.examples import ROOT
 
 LOCAL = {"name": "mine", "source": "local", "path": "runs/step*"}
@@ -79,6 +80,30 @@ def test_defaults_of_the_training_are_those_of_the_library():
     assert training == untold
 
 
+def test_defaults_of_the_experiments_are_those_of_the_library():
+    from moescope import experiments
+
+    asked = config.effective(one(LOCAL))["collaboration"]
+    told, untold = experiments.Asked.of({**asked, "seed": 0}), experiments.Asked()
+    for name in (field.name for field in dataclasses.fields(untold)):
+        given, own = getattr(told, name), getattr(untold, name)
+        assert given == (list(own) if isinstance(own, tuple) else own), name
+    search = inspect.signature(association.associate).parameters
+    same = {"association": "by", "importance": "method", "permutations": "permutations", "strongest": "strongest"}
+    assert {key: search[name].default for key, name in same.items()} == {key: asked[key] for key in same}
+
+
+def test_every_choice_of_the_experiments_is_one_of_the_library():
+    from moescope import expert_ablation
+
+    part = SCHEMA["properties"]["collaboration"]["properties"]
+    assert set(part["importance"]["enum"]) == set(expert_importance.METHODS) == set(collaboration_report.METHODS)
+    assert set(part["semantics"]["items"]["enum"]) == set(expert_ablation.SEMANTICS)
+    assert set(part["weights"]["items"]["enum"]) == set(expert_ablation.WEIGHTS)
+    assert set(part["budgets"]["properties"]) == set(expert_ablation.MODES)
+    assert tuple(part["association"]["enum"]) == association.BY
+
+
 @pytest.mark.parametrize("architecture", ["olmoe", "olmo", "qwen2_moe", "llama"])
 def test_default_shapes_are_keys_of_the_architecture(architecture: str):
     from transformers import CONFIG_MAPPING
@@ -108,7 +133,7 @@ def test_bring_your_own_is_its_own_keys_and_defaults():
         ],
         "relations": {"source": "embedded", "names": "all", "seed": 0},
         "attribution": {"target": "object", "norm": "final", "uncertainty": "groups"},
-        "studies": ["dynamics"],
+        "studies": ["dynamics", "collaboration"],
         "dynamics": {
             "series": "all",
             "steps": "all",
@@ -117,6 +142,21 @@ def test_bring_your_own_is_its_own_keys_and_defaults():
             "axis": "log",
         },
         "ablation": {"series": "all", "steps": {"log": 4}, "rankings": ["signed"], "seeds": 5, "neurons": 400},
+        "collaboration": {
+            "series": "all",
+            "steps": "last",
+            "stages": {},
+            "importance": "top_neuron_frequency",
+            "semantics": ["reroute", "reroute_logit", "min_logit", "zero_weight"],
+            "budgets": {"top_n": "all", "only_rank": "all", "drop_rank": "all"},
+            "weights": ["family", "keep"],
+            "seeds": 5,
+            "association": "probability",
+            "permutations": 1000,
+            "strongest": 10,
+            "pairs": [],
+            "gradient_steps": 64,
+        },
     }
 
 
@@ -144,6 +184,37 @@ def test_the_raw_configuration_stays_as_it_is():
     before = copy.deepcopy(raw)
     config.effective(raw)
     assert raw == before
+
+
+def about_experts(**keys) -> dict:
+    return {**one(LOCAL), "collaboration": keys}
+
+
+def pair(head: list, expert: list, series: str = "mine") -> dict:
+    return {"pairs": [{"series": series, "head": head, "expert": expert}]}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"budgets": {"top_n": [0, 2], "only_rank": [], "drop_rank": [1]}},
+        {"stages": {"mine": [1, 2]}},
+        pair([21, 13], [21, 48]),
+        {"strongest": 0, "permutations": 19, "seeds": 1, "gradient_steps": 2},
+        {"steps": {"every": 2}, "series": ["mine"]},
+    ],
+)
+def test_what_study_collaboration_can_be_asked(keys: dict):
+    part = config.effective(about_experts(**keys))["collaboration"]
+    assert {key: part[key] for key in keys} == keys
+
+
+def test_leading_neurons_are_needed_by_the_study_that_reads_them():
+    without = {**one(LOCAL), "attribution": {"uncertainty": "none"}}
+    for studies in ([], ["dynamics"]):
+        assert config.effective({**without, "studies": studies})["studies"] == studies
+    for studies in ({}, {"studies": ["collaboration"]}):  # by default all are asked
+        assert "studies: collaboration needs the leading neurons" in refused({**without, **studies})
 
 
 @pytest.mark.parametrize(
@@ -189,6 +260,45 @@ def test_the_raw_configuration_stays_as_it_is():
         (
             {"series": [LOCAL, {**LOCAL, "name": "x"}], "dynamics": {"pairs": [{"moe": "mine", "dense": "x"}] * 2}},
             ["dynamics.pairs[1].dense", "'x' stands in an earlier pair"],
+        ),
+        (one(LOCAL, name="collaboration"), ["series[0].name", "'collaboration' is reserved"]),
+        ({**one(LOCAL), "studies": ["colaboration"]}, ["studies[0]", "did you mean 'collaboration'?"]),
+        (one(LOCAL, studies={"colaboration": "last"}), ["series[0].studies", "did you mean 'collaboration'?"]),
+        (about_experts(series=["mein"]), ["collaboration.series[0]", "'mein'", "did you mean 'mine'?"]),
+        (about_experts(steps="lst"), ["collaboration.steps", "{nearest: [..]}"]),
+        (about_experts(semantic=["reroute"]), ["collaboration.semantic: unknown key", "did you mean 'semantics'?"]),
+        (about_experts(semantics=["rerout"]), ["collaboration.semantics[0]", "'rerout'", "did you mean 'reroute'?"]),
+        (about_experts(semantics=[]), ["collaboration.semantics", "How experts are blocked"]),
+        (about_experts(weights=["kep"]), ["collaboration.weights[0]", "did you mean 'keep'?"]),
+        (about_experts(importance="routing_freq"), ["collaboration.importance", "did you mean 'routing_frequency'?"]),
+        (about_experts(association="weights"), ["collaboration.association", "did you mean 'weight'?"]),
+        (about_experts(budgets={"topn": [1]}), ["collaboration.budgets.topn: unknown key", "'top_n'"]),
+        (about_experts(budgets={"top_n": 2}), ["collaboration.budgets.top_n", "write all or a list of numbers"]),
+        (about_experts(budgets={"only_rank": [1, 0]}), ["collaboration.budgets.only_rank", "count from 1; drop the 0"]),
+        (about_experts(budgets={"drop_rank": [0]}), ["collaboration.budgets.drop_rank", "count from 1; drop the 0"]),
+        (about_experts(seeds=0), ["collaboration.seeds", "minimum of 1"]),
+        (about_experts(permutations=18), ["collaboration.permutations", "minimum of 19"]),
+        (about_experts(strongest=-1), ["collaboration.strongest", "minimum of 0"]),
+        (about_experts(gradient_steps=1), ["collaboration.gradient_steps", "minimum of 2"]),
+        (about_experts(stages={"mein": [1, 2]}), ["collaboration.stages.mein", "did you mean 'mine'?"]),
+        (about_experts(stages={"mine": [13, 6]}), ["collaboration.stages.mine: 13 is not before 6", "earlier layer"]),
+        (about_experts(stages={"mine": [6, 6]}), ["collaboration.stages.mine: 6 is not before 6"]),
+        (about_experts(stages={"mine": [0, 6]}), ["collaboration.stages.mine[0]", "minimum of 1"]),
+        (about_experts(stages={"mine": [6]}), ["collaboration.stages.mine", "First middle and first late layer"]),
+        (about_experts(**pair([1, 0], [2, 0], "mein")), ["collaboration.pairs[0].series", "did you mean 'mine'?"]),
+        (about_experts(**pair([1], [2, 0])), ["collaboration.pairs[0].head: [1]", "write layer and number"]),
+        (about_experts(**pair([1, 0], [2, 0, 0])), ["collaboration.pairs[0].expert: [2, 0, 0]", "layer and number"]),
+        (about_experts(**pair([1, 0], [2, -1])), ["collaboration.pairs[0].expert[1]", "minimum of 0"]),
+        (
+            about_experts(pairs=[{"series": "mine", "head": [1, 0]}]),
+            ["collaboration.pairs[0]: key 'expert' is missing", "such as [20, 59]"],
+        ),
+        (
+            about_experts(**pair([22, 13], [21, 48])),
+            [
+                "collaboration.pairs[0]: head 13 of layer 22 lies after expert 48 of layer 21",
+                "name a head of layer 21 or before",
+            ],
         ),
         ({**one(LOCAL), "relations": "lre"}, ["relations", "keys and values ({key: value}) expected"]),
         ({**one(LOCAL), "relations": {"names": "colour"}}, ["relations.names", "a list of relation names"]),

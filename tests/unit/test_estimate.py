@@ -9,10 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from safetensors.numpy import save_file
 
-from moescope import catalog, checkpoints, clean, costs, estimate, masking, plan, store
+from moescope import (
+    catalog,
+    checkpoints,
+    clean,
+    costs,
+    coupling,
+    estimate,
+    expert_ablation,
+    expert_sets,
+    masking,
+    plan,
+    store,
+)
 from moescope.costs import Machine, Prompts, Shape
 from moescope.estimate import Amount, Held
 from tests.examples import ROOT
@@ -36,6 +49,17 @@ MACHINE = Machine(rate=1e12, threads=2, bandwidth=1e8)
 #: The machine that was measured on, and the 906 published prompts of about 12 tokens.
 MEASURED, PUBLISHED = Machine(336e9, 2, 1e8), Prompts(906, 906 * 12, 20, 12)
 DEFAULTS = {"seeds": 5, "rankings": ["signed"], "neurons": 400}
+#: What study collaboration asks of a checkpoint.
+EXPERIMENTS = {
+    "semantics": ["reroute", "reroute_logit", "min_logit", "zero_weight"],
+    "budgets": {"top_n": "all", "only_rank": "all", "drop_rank": "all"},
+    "weights": ["family", "keep"],
+    "seeds": 5,
+    "strongest": 10,
+    "pairs": [],
+    "gradient_steps": 64,
+}
+TOLD = {"attribution": {"uncertainty": "groups"}, "ablation": DEFAULTS, "collaboration": EXPERIMENTS}
 SHIPPED = {
     name: Shape.of(json.loads((ROOT / "resources" / "catalogs" / f"allenai--{name}.json").read_text()))
     for name in ("OLMoE-1B-7B-0924", "OLMo-7B-hf")
@@ -251,12 +275,118 @@ def test_an_ablation_by_hand():
     """Of four heads one is taken away, of 48 neurons 1 and 2 (3%)."""
     shape, prompts = Shape.of(CONFIG), Prompts(10, 50, 3, 3)
     batches = 3 * costs.WIDENING * shape.parameters  # one a length
-    one = 2 * shape.active_parameters * 0.75 * 50 + batches
+    one = 2 * shape.active_parameters * 0.75 * 50 + batches / 3  # a pass widens each layer once
     without = costs.ablate(shape, prompts, {**DEFAULTS, "neurons": 0})
     assert without == pytest.approx(costs.forward(shape, 50) + one * 12 * (1 / 2 + 1 / 2 + 2 / 3))
     single = costs.ablate(shape, prompts, DEFAULTS) - without
     half_of_the_layers = 2 * shape.active_parameters / 2
     assert single == pytest.approx(400 * (10 / 2) * half_of_the_layers + 3 * batches)  # half of the experts work
+
+
+@pytest.mark.parametrize("sizes", ["all", [1, 2]])
+def test_budgets_are_those_that_run(sizes: str | list[int]):
+    asked = dict.fromkeys(expert_ablation.MODES, sizes)
+    for slots in (2, 4, 8):
+        shape = Shape.of({**CONFIG, "num_experts_per_tok": slots})
+        run = expert_ablation.budgets(asked, ["keep"], slots, shared=False)
+        assert costs.budgets(shape, asked) == [budget.kept(slots) for budget in run]
+
+
+@pytest.mark.parametrize("shared", [0, 5])
+@pytest.mark.parametrize("seeds", [1, 5])
+def test_passes_of_budgets_and_blocking(shared: int, seeds: int):
+    """As many as the library finds to do for three relations: budgets that change something else, sets that differ."""
+    shape = Shape.of({**CONFIG, "num_experts": 48, "shared_expert_intermediate_size": shared})
+    asked = {**EXPERIMENTS, "seeds": seeds}
+    budgets = expert_ablation.budgets(asked["budgets"], asked["weights"], 4, shared > 0)
+    run = {(b.kept(4), b.weights if 0 < len(b.kept(4)) < 4 else "", b.shared) for b in budgets}
+    assert len(run) == (2 + 2 * (3 + 3 + 3)) * (1 + (shared > 0))  # of one slot, two, three; and none or all
+
+    parts = [(relation, fold) for relation in "abc" for fold in (0, 1)]
+    rows = [
+        (relation, "m", fold, rank, rank % 2, 8 * "abc".index(relation) + rank // 2, 1.0)
+        for relation in "abc"
+        for fold in (None, 0, 1)
+        for rank in range(1, 11)
+    ]
+    columns = ["relation", "method", "fold", "rank", "layer", "expert", "importance"]
+    hits = {layer: np.arange(6 * 48).reshape(6, 48) for layer in (0, 1)}
+    found, left_out = expert_sets.plan(pl.DataFrame(rows, columns, orient="row"), "m", parts, hits, seeds)
+    assert not left_out
+    passes = costs.experiments(shape, 3, asked)
+    assert passes.total() == 2 + len(run) + 4 * len(found)
+    for size in expert_sets.SIZES:
+        own = [one for one in found if one.size == size and one.control != "random"]
+        random = [one for one in found if one.size == size and one.control == "random"]
+        assert passes[3 * size] == 4 * len(own)
+        assert passes[size] == 4 * len(random)
+        assert {len(set().union(*one.sets.values())) for one in random} == {size}
+
+
+def test_controls_of_a_pair_are_as_many_as_there_are():
+    """Of two heads and eight experts."""
+    shape = Shape.of(CONFIG)
+    for seeds in (1, 5, 19):
+        heads, experts = (coupling._others(units, 0, seeds, [0]) for units in (2, 8))
+        assert costs.trials(shape, {"seeds": seeds}) == 1 + len(heads) + 1 + len(experts)
+    assert costs.trials(OLMOE, {"seeds": 5}) == 2 * (1 + 5)
+
+
+def test_gradients_by_hand():
+    """Averaged over all pairs whose head is not behind the expert; one loop a length, prompt, step and layer."""
+    shape, prompts, steps = Shape.of({**CONFIG, "num_hidden_layers": 3}), Prompts(10, 50, 2, 3), 6
+    active, weights = (4 * 8 * 8 + n * 3 * 8 * 3 + 8 * 8 for n in (4, 8))  # of a layer
+    paths = []
+    for head in range(3):
+        for expert in range(head, 3):
+            operations = 0.0
+            for _ in range(head, expert + 1):
+                for _ in range(10):
+                    operations += 2 * 2 * active + steps * (2 * active + 2 * active)  # forward, and back to the heads
+                operations += (
+                    2 * 4 * costs.WIDENING * weights
+                )  # of both lengths: the two ends, all steps there and back
+            paths.append(operations)
+    held = 2 * shape.active_parameters * 50 + 2 * costs.WIDENING * shape.parameters
+    assert costs.gradients(shape, prompts, steps) == pytest.approx(held + np.mean(paths))
+
+
+def test_more_rows_than_run_at_once_widen_the_layers_again():
+    shape = Shape.of(CONFIG)
+    steps, prompts = costs.ROWS // 64, Prompts(64, 300, 1, 3)
+    few, many = (costs.gradients(shape, prompts, n) for n in (steps - 1, steps))
+    rows = 4 / 3 * 64 * 4 * shape.layer(shape.active)
+    assert many - few == pytest.approx(rows + 2 * 4 / 3 * costs.WIDENING * shape.layer(shape.ffn))
+
+
+def test_experiments_on_experts_by_hand():
+    """One pair on either half, and one on all prompts; nothing else but clean passes and one budget."""
+    shape, prompts, half = Shape.of(CONFIG), Prompts(10, 50, 3, 3), Prompts(5, 25, 3, 3)
+    few = {"top_n": [0], "only_rank": [], "drop_rank": []}
+    asked = {**EXPERIMENTS, "budgets": few, "semantics": [], "seeds": 1, "strongest": 0}
+    once = costs.WIDENING * shape.parameters
+    one, other = (2 * shape.active_parameters * 0.75 * tokens + once for tokens in (50, 25))
+    none = costs.intervene(shape, prompts, asked, 0)
+    assert none == pytest.approx(costs.forward(shape, 50) + 3 * one * 16 / 17)
+    halves = costs.intervene(shape, prompts, {**asked, "strongest": 1}, 0) - none
+    assert halves == pytest.approx(2 * (4 * other * 2 / 3 + costs.gradients(shape, half, 64)))
+    named = costs.intervene(shape, prompts, asked, 1) - none
+    assert named == pytest.approx(4 * one * 2 / 3 + costs.gradients(shape, prompts, 64))
+    blocked = costs.intervene(shape, prompts, {**asked, "semantics": ["reroute"]}, 0) - none
+    own, random = ([n / (n + 1) for n in sizes] for sizes in ((3, 15, 30), (1, 5, 10)))
+    assert blocked == pytest.approx(one * (3 * sum(own) + sum(random)))
+
+
+def test_seconds_of_passes_whatever_the_model():
+    fixed = costs.overhead(OLMOE, PUBLISHED, EXPERIMENTS, 2)
+    passes = 2 + (2 + 2 * (7 + 7 + 7)) + 3 * 4 * (2 + 2 * 5)
+    assert fixed == pytest.approx(0.3 * (passes + 12 * 12) + 12 * costs.PATH)
+    machine = Machine(1e30, 2, 1e8)  # only they are left
+    listed({1: 10**8})
+    (found,) = estimate.estimate(asked(), machine).series
+    prompts = Prompts.of(asked().facts, ROOT)
+    seconds = costs.JOB + costs.overhead(Shape.of(CONFIG), prompts, asked().config["collaboration"], 0)
+    assert 3600 * found.hours["intervene"].known == pytest.approx(seconds)
 
 
 def test_training_is_on_one_thread():
@@ -285,13 +415,13 @@ def test_training_is_on_one_thread():
 
 def test_results_are_as_large_as_measured():
     for shape, groups, mb in [(OLMOE, True, 100), (OLMO, True, 95), (OLMOE, False, 36), (OLMO, False, 28)]:
-        told = {"attribution": {"uncertainty": "groups" if groups else "none"}, "ablation": DEFAULTS}
+        told = {**TOLD, "attribution": {"uncertainty": "groups" if groups else "none"}}
         assert costs.tables_of(shape, PUBLISHED, told)["attribute"] / 1e6 == pytest.approx(mb, rel=0.15)
 
 
 def test_tables_by_hand():
-    told = {"attribution": {"uncertainty": "groups"}, "ablation": DEFAULTS}
-    found = costs.tables_of(Shape.of({**CONFIG, "num_experts": 0}), Prompts(10, 50, 2, 3), told)
+    found = costs.tables_of(Shape.of({**CONFIG, "num_experts": 0}), Prompts(10, 50, 2, 3), TOLD)
+    del found["intervene"]  # of a dense model nobody asks for it
     neurons, attn = 2 * 3, 2 * 8
     scored = 4 * (3 + 2) * (neurons + attn) + 10 * 2 * 4 * 2 + 40 * (neurons + attn) + 4 * 10 * (300 + 300)
     assert found == {
@@ -299,6 +429,22 @@ def test_tables_by_hand():
         "ablate": pytest.approx(10 * (7 * 2 * 12 + 15 * 400)),  # one of four heads, one of six neurons
         "mask_dense": 42 * 5 * neurons,
     }
+
+
+def test_tables_of_experiments_are_as_large_as_measured():
+    """The small mixture of experts of the default configuration: 289,836 + 191,196 + 89,640 rows."""
+    tiny = {"num_hidden_layers": 4, "hidden_size": 128, "num_attention_heads": 8, "num_experts": 32}
+    shape = Shape.of({**CONFIG, **tiny, "intermediate_size": 32})
+    prompts = Prompts(996, 11_731, 14, 12)
+    found = costs.tables_of(shape, prompts, TOLD)["intervene"]
+    assert found == pytest.approx(847_048 + 797_527 + 377_454, rel=0.15)
+    rows = 1 + 2 * 13 + 3 * 4 * 12 + 10 * 12
+    assert rows * 996 == 289_836
+    assert (10 * 9) * 996 == 89_640
+    gates = 10 * 6 * 4  # of suppressed heads, at three layers on average and for the pair's expert
+    assert found == pytest.approx(996 * (2.9 * rows + 4.2 * (gates + 90)))
+    more = costs.tables_of(shape, prompts, TOLD, named=1)["intervene"] - found
+    assert more == pytest.approx(996 * (2.9 * 12 + 4.2 * (6 * 4 + 9)))
 
 
 def test_memory_is_that_of_the_plan():
@@ -314,6 +460,7 @@ def test_memory_is_that_of_the_plan():
 
 def test_constants_are_those_of_the_library():
     assert (costs.BATCH, costs.SPLITS) == (clean.BATCH_TOKENS, masking.SEEDS)
+    assert (costs.HELD, costs.ROWS) == (coupling._PROMPTS, coupling._ROWS)
 
 
 def test_the_store_at_its_peak():
@@ -375,17 +522,54 @@ def test_what_is_scored_but_not_ablated_is_needed_again():
     listed({1: 10**8, 2: 10**8})
     done(1)
     done(2)
-    (found,) = of(ablation={"steps": "last"}).series
+    (found,) = of(ablation={"steps": "last"}, studies=["dynamics"]).series
     assert (found.scored, found.download, set(found.hours)) == (2, Amount(10**8), {"download", "ablate"})
     done(2, "ablations")
-    assert of(ablation={"steps": "last"}).series[0].download == Amount(0)
+    assert of(ablation={"steps": "last"}, studies=["dynamics"]).series[0].download == Amount(0)
+
+
+def test_experiments_on_experts_are_left_to_be_done():
+    listed({1: 10**8, 2: 10**8})
+    done(1)
+    done(2)
+    assert of(studies=[]).series[0].hours == {}
+    (found,) = of(studies=["collaboration"]).series
+    assert (found.scored, found.download, set(found.hours)) == (2, Amount(10**8), {"download", "intervene"})
+    (both,) = of(studies=["collaboration"], collaboration={"steps": "all"}).series
+    for one, two in ((found.hours["intervene"], both.hours["intervene"]), (found.results, both.results)):
+        assert two.known == pytest.approx(2 * one.known) != 0
+    done(2, "expert_interventions")
+    (after,) = of(studies=["collaboration"]).series
+    assert (after.download, after.hours, after.results) == (Amount(0), {}, Amount(0))
+
+
+def test_series_with_experts_that_take_part_are_experimented_on():
+    listed({1: 10**8})
+    listed({1: 10**7}, {**CONFIG, "model_type": "olmo", "num_experts": 0}, "owner/dense")
+    listed({1: 10**8}, repo="owner/other")
+    others = [{"name": name, "source": "hub", "repo": f"owner/{name}"} for name in ("dense", "other")]
+    pairs = [{"series": "tiny", "head": [0, 1], "expert": [1, 7]}]
+    told = {"series": ["tiny", "other", "dense"], "pairs": pairs}
+    tiny, dense, other = of(SERIES, *others, studies=["collaboration"], collaboration=told).series
+    assert set(tiny.hours) == set(other.hours) == {"download", "attribute", "intervene"}
+    assert "intervene" not in dense.hours
+    more = tiny.hours["intervene"].known - other.hours["intervene"].known  # the pair that is named
+    shape, prompts = Shape.of(CONFIG), Prompts.of(asked().facts, ROOT)
+    seconds, operations = (
+        f(shape, prompts, EXPERIMENTS, 1) - f(shape, prompts, EXPERIMENTS, 0) for f in (costs.overhead, costs.intervene)
+    )
+    assert more == pytest.approx(MACHINE.hours(operations, seconds))
+    assert tiny.results.known > other.results.known
+    tiny, _, other = of(SERIES, *others, studies=["collaboration"], collaboration={"series": ["tiny"]}).series
+    assert set(tiny.hours) - set(other.hours) == {"intervene"}
 
 
 def test_a_dense_series_that_is_held_against_a_mixture_is_masked():
     listed({1: 10**8, 2: 10**8})
     listed({1: 10**7, 2: 10**7}, {**CONFIG, "model_type": "olmo", "num_experts": 0}, "owner/dense")
     moe, dense = of(SERIES, {"name": "dense", "source": "hub", "repo": "owner/dense"}).series
-    assert (set(dense.hours) - set(moe.hours), set(moe.hours) - set(dense.hours)) == ({"mask_dense"}, set())
+    assert set(dense.hours) - set(moe.hours) == {"mask_dense"}
+    assert set(moe.hours) - set(dense.hours) == {"intervene"}
 
 
 def test_what_the_store_holds_whole_is_not_fetched_again(tmp_path: Path):
@@ -519,7 +703,7 @@ def test_what_is_printed_for_a_series_on_this_disk():
     assert re.split(r" {2,}", head) == heads
     assert re.split(r" {2,}", mine)[:4] == ["mine", "1", "0", "0"]
     assert mine.replace("mine ", "total") == total
-    assert hours.split() == ["hours", "(estimate)", "attribute", "ablate", "sum"]
+    assert hours.split() == ["hours", "(estimate)", "attribute", "ablate", "intervene", "sum"]
     assert "(2 threads, 1,000 GFLOP/s just now), one job at a time; downloads at 50 MB/s" in out
     assert "estimate, for the CPU of this machine" in out
 

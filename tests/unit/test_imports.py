@@ -15,7 +15,17 @@ LIBRARY = ROOT / "workflow" / "scripts" / "moescope"
 HEAVY = ("torch", "transformers", "polars", "numpy", "matplotlib")
 WITH_TORCH = {
     *("attribution", "decomposition", "lpi", "precision", "readout", "scores", "clean"),
-    *("interventions", "replay", "passes", "expert_ablation", "coupling", "experiments", "ablation", "faithfulness", "masking"),
+    *(
+        "interventions",
+        "replay",
+        "passes",
+        "expert_ablation",
+        "coupling",
+        "experiments",
+        "ablation",
+        "faithfulness",
+        "masking",
+    ),
     *("unembedding", "moments", "memory", "timing", "scratch", "local_norm", "norms", "patching", "routing"),
 }
 MODULES = sorted(path.stem for path in LIBRARY.glob("*.py") if path.stem != "__init__")

@@ -4,8 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from moescope import catalog, facts, plan, relations
+from moescope.collaboration_published import MODELS
 from moescope.errors import MoescopeError
 from tests.examples import ROOT
 
@@ -160,7 +162,7 @@ def test_pairs_are_the_first_of_each_kind_or_as_told():
     assert of(TRAINED, OTHER, DENSE).routed_by == {"dense": "tiny"}
     assert of(TRAINED).routed_by == {}
     assert of(TRAINED, DENSE, dynamics={"pairs": []}).routed_by == {}
-    assert of(TRAINED, DENSE, attribution={"uncertainty": "none"}).routed_by == {}
+    assert of(TRAINED, DENSE, attribution={"uncertainty": "none"}, studies=["dynamics"]).routed_by == {}
     told = of(TRAINED, OTHER, DENSE, dynamics={"pairs": [{"moe": "other", "dense": "dense"}]})
     assert told.routed_by == {"dense": "other"}
 
@@ -185,15 +187,123 @@ def test_a_dense_step_is_matched_to_the_nearest_of_its_pair():
             ["dynamics.pairs[0].dense", "dense takes no part"],
         ),
         (
-            {"dynamics": {"pairs": [{"moe": "tiny", "dense": "dense"}]}, "attribution": {"uncertainty": "none"}},
+            {
+                "dynamics": {"pairs": [{"moe": "tiny", "dense": "dense"}]},
+                "attribution": {"uncertainty": "none"},
+                "studies": ["dynamics"],
+            },
             ["dynamics.pairs", "uncertainty to groups"],
         ),
+        ({"collaboration": {"steps": [7]}}, ["collaboration.steps (tiny)", "step 7", "neighbours are 0, 10, 100"]),
     ],
 )
 def test_a_study_that_cannot_be_is_refused(keys: dict, parts: list[str]):
     with pytest.raises(MoescopeError) as error:
         of(TRAINED, DENSE, **keys)
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+SHARED = {**TRAINED, "name": "shared", "architecture": "qwen2_moe"}
+
+
+def test_study_collaboration_takes_the_last_checkpoint_of_every_series():
+    assert of(TRAINED, DENSE).collaboration == {"tiny": (100,), "dense": (100,)}
+    chosen = of(
+        {**TRAINED, "steps": [0, 10]},
+        {**DENSE, "studies": {"collaboration": "all"}},
+        {**OTHER, "studies": {"dynamics": "all"}},
+        {**SHARED, "studies": {}},
+    )
+    assert chosen.collaboration == {"tiny": (10,), "dense": (0, 10, 100)}
+    assert list(chosen.dynamics) == ["tiny", "other"]
+    told = of(TRAINED, DENSE, SHARED, collaboration={"series": ["shared", "dense"], "steps": {"every": 2}})
+    assert told.collaboration == {"dense": (0, 100), "shared": (0, 100)}
+    assert not of(TRAINED, studies=["dynamics"]).asks("collaboration")
+
+
+def test_whether_a_shared_expert_stands_beside_the_routed_ones(tmp_path: Path):
+    checkpoint(
+        tmp_path / "deepseek", model_type="deepseek_v2", n_routed_experts=8, moe_intermediate_size=4, n_shared_experts=2
+    )
+    (tmp_path / "gguf").mkdir()
+    (tmp_path / "gguf/q8.gguf").write_bytes(b"GGUF")
+    on_disk = {"name": "deep", "source": "local", "path": "deepseek"}
+    gguf = {"name": "g", "source": "local", "path": "gguf", "gguf_file": "q8.gguf"}
+    found = of(TRAINED, DENSE, SHARED, on_disk, gguf).series
+    assert [name for name, one in found.items() if one.has_experts] == ["tiny", "shared", "deep"]
+    assert [name for name, one in found.items() if one.has_shared] == ["shared", "deep"]
+
+
+def experiments(**keys) -> dict:
+    return {"collaboration": keys}
+
+
+def pair(series: str, head: list[int], expert: list[int]) -> dict:
+    return experiments(pairs=[{"series": series, "head": head, "expert": expert}])
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        experiments(budgets={"top_n": [0, 4], "only_rank": [4], "drop_rank": [1]}),
+        experiments(stages={"tiny": [2, 3], "dense": [1, 2]}),
+        pair("tiny", [3, 7], [3, 31]),
+        pair("tiny", [0, 0], [3, 0]),
+        # what does not take part, or does not route, has nothing to exceed
+        {**experiments(budgets={"top_n": [5]}), "studies": ["dynamics"]},
+        experiments(budgets={"top_n": [5]}, series=["dense"]),
+        experiments(stages={"tiny": [2, 9]}, series=["dense"]),
+    ],
+)
+def test_experiments_that_the_models_allow(keys: dict):
+    """Layers, heads and experts: 4, 8 and 32, of which 4 at a time, all counted from 0; ranks from 1."""
+    asked = of(TRAINED, DENSE, **keys).config["collaboration"]
+    assert {key: asked[key] for key in keys["collaboration"] if key != "budgets"}.items() <= asked.items()
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        (
+            experiments(budgets={"top_n": [0, 4, 5]}),
+            "collaboration.budgets.top_n: 5 is above the 4 experts that tiny routes a token to; ask for no more",
+        ),
+        (
+            experiments(budgets={"only_rank": [5]}),
+            "collaboration.budgets.only_rank: 5 is above the 4 experts that",
+        ),
+        (
+            experiments(budgets={"drop_rank": [9]}),
+            "collaboration.budgets.drop_rank: 9 is above the 4 experts that",
+        ),
+        (
+            experiments(stages={"dense": [1, 4]}),
+            "collaboration.stages.dense: it has 4 layers, counted from 0; name earlier ones",
+        ),
+        (experiments(stages={"tiny": [2, 7]}), "collaboration.stages.tiny: it has 4 layers"),
+        (
+            pair("dense", [0, 0], [1, 0]),
+            "collaboration.pairs[0].series: series dense has no experts; name another series",
+        ),
+        (
+            {"collaboration": {**pair("tiny", [0, 0], [1, 0])["collaboration"], "series": ["dense"]}},
+            "collaboration.pairs[0].series: series tiny takes no part in the study; add it or drop the pair",
+        ),
+        (
+            pair("tiny", [4, 0], [4, 0]),
+            "collaboration.pairs[0].head: 4 is beyond the 4 layers of tiny; they count from 0",
+        ),
+        (pair("tiny", [0, 8], [1, 0]), "collaboration.pairs[0].head: 8 is beyond the 8 heads of tiny"),
+        (pair("tiny", [0, 0], [4, 0]), "collaboration.pairs[0].expert: 4 is beyond the 4 layers of tiny"),
+        (pair("tiny", [0, 0], [1, 32]), "collaboration.pairs[0].expert: 32 is beyond the 32 experts of tiny"),
+        (pair("tiny", [2, 0], [1, 0]), "collaboration.pairs[0]: head 0 of layer 2 lies after expert 0 of layer 1"),
+    ],
+)
+def test_experiments_that_a_model_cannot_have_are_refused(keys: dict, told: str):
+    with pytest.raises(MoescopeError) as error:
+        of(TRAINED, DENSE, **keys)
+    assert str(error.value).startswith(told)
+    assert "\n" not in str(error.value)
 
 
 def listed(repo: str, *revisions: str, size: int | None = 7, **model) -> None:
@@ -228,7 +338,24 @@ def test_a_single_revision_is_step_main_and_has_no_course():
     assert found.series["there"].steps == ("main",)
     assert found.series["there"].size("main") == 7
     assert list(found.dynamics) == list(found.ablation) == ["tiny"]
+    assert found.collaboration == {"there": ("main",), "tiny": (100,)}
     assert of({**HUB, "revision": "v2"}).series["there"].size("main") is None
+
+
+@pytest.mark.parametrize(
+    ("entry", "keys", "taking_part"),
+    [
+        ({"studies": {"collaboration": "last"}}, {}, True),
+        ({"studies": {"dynamics": "last"}}, {}, False),
+        ({"studies": {}}, {}, False),
+        ({}, {"series": ["there"], "steps": {"every": 3}}, True),
+        ({}, {"series": ["tiny"]}, False),
+    ],
+)
+def test_whether_a_single_revision_takes_part_in_study_collaboration(entry: dict, keys: dict, taking_part: bool):
+    listed("lab/model", "main")
+    found = of({**HUB, "revision": "main", **entry}, TRAINED, collaboration=keys).collaboration
+    assert (found.get("there") == ("main",)) is taking_part
 
 
 def test_the_steps_of_the_papers():
@@ -239,6 +366,53 @@ def test_the_steps_of_the_papers():
     assert found.ablation == found.dynamics
     assert found.routed_by == {"b": "a"}
     assert found.matched_step("b", 557_000) == 600_000
+
+
+#: What the configurations of the six models of study collaboration say, in the names of transformers.
+SIX = {
+    "Qwen/Qwen1.5-MoE-A2.7B": {
+        "model_type": "qwen2_moe",
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+    },
+    "mistralai/Mixtral-8x7B-v0.1": {
+        "model_type": "mixtral",
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_local_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    **{
+        repo: {"model_type": kind, "num_hidden_layers": 32, "num_attention_heads": 32}
+        for repo, kind in {
+            "Qwen/Qwen1.5-7B": "qwen2",
+            "huggyllama/llama-7b": "llama",
+            "mistralai/Mistral-7B-v0.1": "mistral",
+        }.items()
+    },
+}
+
+
+def test_the_six_models_of_study_collaboration():
+    """The shipped configuration: every pair and every stage is one that the models have, but the route that runs
+    backwards."""
+    for repo, model in SIX.items():
+        listed(repo, "main", **model)
+    raw = yaml.safe_load((ROOT / "configs" / "collaboration.yaml").read_text())
+    found = plan.read(raw, ROOT)
+    assert [one.entry["repo"] for one in found.series.values()] == list(MODELS)
+    assert found.collaboration == dict.fromkeys(found.series, ("main",))
+    assert (found.dynamics, found.asks("dynamics")) == ({}, False)
+    assert found.of_kind("dense") == ["qwen", "llama", "mistral"]
+    assert [name for name, one in found.series.items() if one.has_shared] == ["qwen-moe"]
+    backwards = {"series": "qwen-moe", "head": [22, 13], "expert": [21, 48]}
+    raw["collaboration"]["pairs"].append(backwards)
+    with pytest.raises(MoescopeError, match=r"pairs\[2\]: head 13 of layer 22 lies after expert 48 of layer 21"):
+        plan.read(raw, ROOT)
 
 
 @pytest.mark.parametrize(

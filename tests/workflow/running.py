@@ -18,7 +18,7 @@ from tests.examples import ROOT
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TRAINING = {"steps": 12, "batch": 4, "length": 32, "vocabulary": 300}
 #: Targets that only collect.
-COLLECTING = ("all", "default", "attribution", "ablation", "dynamics", "audit")
+COLLECTING = ("all", "default", "attribution", "ablation", "dynamics", "collaboration", "audit")
 #: A mixture of experts, scored at three of its four checkpoints, and a dense model, scored at both of its two.
 CONFIG = {
     "series": [
@@ -39,6 +39,7 @@ CONFIG = {
         },
     ],
     "relations": {"source": "facts.csv"},
+    "studies": ["dynamics"],
     "ablation": {"steps": {"log": 2}, "seeds": 2, "neurons": 20},
 }
 

@@ -14,7 +14,7 @@ READ = ("expert_interventions", "gates", "gradients", "expert_importance", "rout
 with job(snakemake):
     cfg, prompts, found = snakemake.params.cfg, tables.read(snakemake.input.prompts), []
     model = collaboration_published.MODELS.get(cfg["repo"])
-    published = expert_importance.read_published(PUBLISHED).filter(pl.col("model") == model)
+    published = expert_importance.read_published(PUBLISHED).filter(pl.col("model") == pl.lit(model, pl.String))
     for manifest, *paths in zip(snakemake.input.manifest, *(snakemake.input[name] for name in READ), strict=True):
         step = json.loads(Path(manifest).read_text())["step"]
         ran, gates, gradients, listed, routing = map(tables.read, paths)

@@ -28,12 +28,12 @@ def section(name, steps, figures, **known):
 
 
 def of_study(study, name, checkpoint=None, **known):
-    """What a study says of one series; ``checkpoint``: tables of one of its checkpoints, and what it lacks."""
+    """What a study says of one series; ``checkpoint``: tables of one of its checkpoints, and notes on it."""
     known |= shown(study, name, known["tables"], known["figures"])
     if checkpoint:
         folder = RESULTS / name / checkpoint["step"]
         known["tables"] |= {table: tables.read(folder / f"{table}.parquet") for table in checkpoint["tables"]}
-        known["left_out"] = json.loads((folder / "provenance/intervene.json").read_text())["left_out"]
+        known["notes"] = json.loads((folder / "provenance/intervene.json").read_text())["notes"]
     return {"name": name, **known}
 
 

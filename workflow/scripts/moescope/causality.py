@@ -57,12 +57,13 @@ def causality(
 
     Controls: other heads (``gate_drop``, ``expert_gate_drop``, ``mrr_drop``) or other experts (``forced_mrr``,
     ``recovery``) of the layer, averaged over their n seeds, their intervals with t(n - 1) spread / sqrt(n) added in
-    quadrature (one seed: no interval); of the gradient shares 1 / number of heads, without an interval. ``excess`` is
-    value minus control on the same prompts and draws. Rows without a pair are means over all pairs and folds of those
-    that have a number, in the sample and in every draw; their seeds' part is that of the means of the seeds which all
-    of them have. ``prompts`` counts different prompts. No interval with fewer than two subjects (in any pair of a
-    mean). Without pairs the table is empty. Raises CausalityError where a pair lacks prompts of its fold or has one
-    twice, CollaborationError where there is no clean run.
+    quadrature (one seed: no interval); of gradient shares what the mean head of the layer has (of ``gradient_share``
+    1 / number of heads, without an interval). ``excess`` is value minus control on the same prompts and draws. Rows
+    without a pair are means over all pairs and folds of those that have a number, in the sample and in every draw;
+    their seeds' part is that of the means of the seeds which all of them have. ``prompts`` counts different prompts. No
+    interval with fewer than two subjects (in any pair of a mean). Without pairs the table is empty. Raises
+    CausalityError where a pair lacks prompts of its fold or has one twice, CollaborationError where there is no clean
+    run.
     """
     known = Prompts(prompts, seed)
     clean = Clean.of(known, interventions, prompts, step)
@@ -151,6 +152,11 @@ class _Effect(NamedTuple):
         control[0] = chance
         return cls(np.stack([value, control, value - chance], axis=1), np.empty(0))
 
+    @classmethod
+    def against_mean(cls, value: np.ndarray, mean: np.ndarray) -> _Effect:
+        """A value and what the mean unit of its kind has, both [1 + draws]."""
+        return cls(np.stack([value, mean, value - mean], axis=1), np.empty(0))
+
 
 def _by_run(tested: _Tested, frame: pl.DataFrame, axes: list[list[str]], values: list[str], file: str) -> np.ndarray:
     """A grid whose first axis is the pair's own run, then the seeds of the control."""
@@ -208,7 +214,9 @@ def _gradients(tested: _Tested, gradients: pl.DataFrame, pair: Pair) -> dict[tup
     nothing = np.empty((len(own), 0))
     return {
         ("gradient_share", None): _Effect.against_chance(_ratio(own, total), 1 / len(heads)),
-        ("gradient_share_with_rest", None): _Effect.against_chance(_ratio(own, with_rest), 1 / len(heads)),
+        ("gradient_share_with_rest", None): _Effect.against_mean(
+            _ratio(own, with_rest), _ratio(total, with_rest) / len(heads)
+        ),
         ("gradient_gap", None): _Effect.against(_ratio(gap, probability), nothing),
     }
 

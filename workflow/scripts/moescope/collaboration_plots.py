@@ -115,7 +115,7 @@ def gain_curves(tables: Mapping[str, pl.DataFrame], title: str) -> Figure:
         _stage_shares(panels["stage"], rows, mark, number, len(gains))
     for quantity in ("layer", "share"):
         panels[quantity].set_xlim(0, 1.02)
-        panels[quantity].set_xlabel("relative depth (layer / number of layers)")
+        panels[quantity].set_xlabel("relative depth ((layer + 1) / number of layers)")
     panels["layer"].set(title="Gain of a layer", ylabel="FFN gain (nats)")
     panels["share"].set(title="Gain up to a layer", ylabel="share of the total FFN gain")
     reference(panels["layer"], 0)

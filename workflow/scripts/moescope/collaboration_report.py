@@ -96,7 +96,7 @@ class Series:
     """What the report says of one series: whether it is dense, and has shared experts, its step (null: ``main``).
 
     ``tables`` by name, those of one checkpoint too (``expert_importance``, ``associations``), ``figures`` as PNG bytes;
-    ``left_out`` says in sentences what could not be had.
+    ``notes`` say in sentences what could not be had, and how well controls match.
     """
 
     name: str
@@ -105,7 +105,7 @@ class Series:
     step: int | None
     tables: Mapping[str, pl.DataFrame]
     figures: Mapping[str, bytes]
-    left_out: Sequence[str] = ()
+    notes: Sequence[str] = ()
 
     def table(self, name: str) -> pl.DataFrame | None:
         """A table at the step of the series; null where there is none, or no rows."""
@@ -124,7 +124,7 @@ def study(
     """Study collaboration on the page. ``tables`` and ``figures`` are those over all series, by name; ``method``: by
     what the experts that are blocked were chosen."""
     shown = [_figure(name, heading, series, figures) for name, heading in FIGURES.items()]
-    notes = [*CAVEATS, *(f"{one.name}: {line}" for one in series for line in one.left_out)]
+    notes = [*CAVEATS, *(f"{one.name}: {line}" for one in series for line in one.notes)]
     return Study("collaboration", "Study: collaboration", notes, list(_tables(series, tables, method)), shown)
 
 

@@ -6,12 +6,13 @@ Estimates, by the formulas in the docstrings here; constants were measured.
 from __future__ import annotations
 
 import math
+import operator
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from moescope import facts, manifests, relations, selection
+from moescope import expert_sets, facts, manifests, relations, selection
 
 #: Share of the rate of a plain product of 1,024 x 1,024 that scoring reaches (measured on the shape of OLMoE-1B-7B, as
 #: all that follows but where it says so).
@@ -25,10 +26,11 @@ WIDENING, FIRST, OF_HEAD = 500, 11_500, 2_800
 #: Tokens that run for each one of the prompts: where batches are padded, and where equal beginnings run once.
 PADDED, DISTINCT = 1.4, 0.75
 #: Seconds that do not depend on the size of a model (measured on tiny ones): of a job (imports, loading), of a pass
-#: over all prompts in ablation, of an update in training.
-JOB, PASS, UPDATE = 5.0, 0.3, 0.1
-#: Tokens of a forward batch, and splits into blocks of a masked model: ``clean.BATCH_TOKENS``, ``masking.SEEDS``.
-BATCH, SPLITS = 4_096, 5
+#: over all prompts in ablation, of an update in training, of the integrated gradients of a pair (13 passes).
+JOB, PASS, UPDATE, PATH = 5.0, 0.3, 0.1, 4.0
+#: Tokens of a forward batch, and splits into blocks of a masked model: ``clean.BATCH_TOKENS``, ``masking.SEEDS``. Of
+#: integrated gradients, prompts held and rows run at once (``coupling``).
+BATCH, SPLITS, HELD, ROWS = 4_096, 5, 128, 2_048
 #: Characters of a token. Of the published relations, which may not be there yet: prompts, tokens, different lengths.
 CHARACTERS, PUBLISHED = 3, (906, 11_083, 20)
 
@@ -164,19 +166,100 @@ def passes(shape: Shape, ablation: Mapping) -> Counter[int]:
 
 
 def ablate(shape: Shape, prompts: Prompts, ablation: Mapping) -> float:
-    """Operations of an ablation: a forward pass; ``passes``; single neurons. Prompts run in batches of one length, each
-    of which widens the layers that it runs.
+    """Operations of an ablation: a forward pass; ``passes``; single neurons.
 
     A pass is 2 x active parameters x ``DISTINCT`` tokens, in the layers from the first one touched on: of u units
     spread over the layers, u / (u + 1) of them. Of the sampled neurons each runs in every prompt that it is active in,
-    for one token and half the layers; a batch of them begins at every layer, beside one without them.
+    for one token and half the layers; a batch of them begins at every layer, beside one without them, and widens the
+    layers that it runs.
     """
-    widened = WIDENING * shape.parameters * (prompts.lengths + prompts.tokens // BATCH)
-    one = 2 * shape.active_parameters * DISTINCT * prompts.tokens + widened
-    ablated = one * sum(times * units / (units + 1) for units, times in passes(shape, ablation).items())
+    ablated = _over(shape, prompts, passes(shape, ablation))
     sampled = ablation["neurons"] * prompts.count * shape.active / shape.ffn
-    single = shape.active_parameters * sampled + widened * (shape.layers + 1) if sampled else 0
+    single = shape.active_parameters * sampled + _widened(shape, prompts) * (shape.layers + 1) if sampled else 0
     return forward(shape, prompts.tokens) + ablated + single
+
+
+def _widened(shape: Shape, prompts: Prompts) -> float:
+    """Of widening every layer in batches of one length."""
+    return WIDENING * shape.parameters * (prompts.lengths + prompts.tokens // BATCH)
+
+
+def _over(shape: Shape, prompts: Prompts, found: Mapping[int, int]) -> float:
+    """Of so many passes over all prompts, by how many units they touch: in the layers from the first of these on, each
+    of which is widened once."""
+    one = 2 * shape.active_parameters * DISTINCT * prompts.tokens + WIDENING * shape.parameters
+    return one * sum(times * units / (units + 1) for units, times in found.items())
+
+
+def budgets(shape: Shape, asked: Mapping) -> list[frozenset[int]]:
+    """The ranks (from 1) of a router's slots that each budget leaves, those that leave the same ones too."""
+    left = {"top_n": operator.le, "only_rank": operator.eq, "drop_rank": operator.ne}
+    ranks = range(1, shape.routed + 1)
+    every = {"top_n": [0, *ranks], "only_rank": ranks, "drop_rank": ranks}
+    return [
+        frozenset(rank for rank in ranks if left[mode](rank, n))
+        for mode, sizes in asked.items()
+        for n in (every[mode] if sizes == "all" else sizes)
+    ]
+
+
+def experiments(shape: Shape, relations: int, asked: Mapping) -> Counter[int]:
+    """Passes over all prompts with slots left out or experts blocked, by how many experts are touched.
+
+    Two are clean: for what routers choose, and for a check. Budgets touch all; those that leave the same slots run
+    once, for each of the ``weights`` where they leave some and not all (families whose routers do not normalise need
+    one), times 2 with a shared expert. Each size of ``expert_sets.SIZES`` is blocked by all ``semantics``: in each
+    relation its own experts, found on all prompts and fold by fold, and ``seeds`` matched ones; the same in all,
+    ``seeds`` random ones.
+    """
+    different = set(budgets(shape, asked["budgets"]))
+    some = sum(0 < len(left) < shape.routed for left in different)
+    times = len(different) + some * (len(asked["weights"]) - 1)
+    found = Counter({shape.layers * shape.experts: 2 + times * (1 + (shape.shared > 0))})
+    for size in expert_sets.SIZES:
+        found[size * relations] += len(asked["semantics"]) * (2 + asked["seeds"])
+        found[size] += len(asked["semantics"]) * asked["seeds"]
+    return found
+
+
+def trials(shape: Shape, asked: Mapping) -> int:
+    """Passes for each pair of a head and an expert: the head zeroed and the expert forced, and as many others of their
+    layers as there are, ``seeds`` at most. (A head that pairs share is zeroed once; here it counts each time.)"""
+    return 2 + sum(min(asked["seeds"], units - 1) for units in (shape.heads, shape.experts))
+
+
+def gradients(shape: Shape, prompts: Prompts, steps: int) -> float:
+    """Operations of the integrated gradients of a pair: a forward pass for the keys and values of all tokens; then, for
+    one token a prompt, both ends of the path, forward, and its ``steps``, forward and as much backward (no weight has a
+    gradient). Of the layers from the head's to the expert's, on average (layers + 2) / 3, where all pairs are as likely
+    in which the expert is not before the head. Prompts of one length are held together, ``HELD`` at most, and ``ROWS``
+    run at once; each batch widens the layers that it runs, and again on its way back."""
+    held = prompts.lengths + prompts.count // HELD
+    batches = 2 * held + 2 * (prompts.lengths + steps * prompts.count // ROWS)
+    between = (shape.layers + 2) / 3
+    path = 2 * shape.layer(shape.active) * prompts.count * (2 + 2 * steps) + WIDENING * shape.layer(shape.ffn) * batches
+    return 2 * shape.active_parameters * prompts.tokens + WIDENING * shape.parameters * held + between * path
+
+
+def intervene(shape: Shape, prompts: Prompts, asked: Mapping, named: int) -> float:
+    """Operations of the experiments on experts: a forward pass; ``experiments``; pairs of a head and an expert,
+    ``strongest`` on either half of the prompts and ``named`` on all.
+
+    Passes are those of an ablation. Each pair takes ``trials`` from the head's layer on (two units are touched), and
+    ``gradients``.
+    """
+    half = replace(prompts, count=prompts.count // 2, tokens=prompts.tokens // 2)
+    found = forward(shape, prompts.tokens) + _over(shape, prompts, experiments(shape, prompts.relations, asked))
+    for some, pairs in ((half, 2 * asked["strongest"]), (prompts, named)):
+        tried = _over(shape, some, {2: trials(shape, asked)})
+        found += pairs * (tried + gradients(shape, some, asked["gradient_steps"]))
+    return found
+
+
+def overhead(shape: Shape, prompts: Prompts, asked: Mapping, named: int) -> float:
+    """Seconds of the experiments on experts that do not depend on the size of a model."""
+    blocked = PASS * experiments(shape, prompts.relations, asked).total()
+    return blocked + (asked["strongest"] + named) * (PASS * trials(shape, asked) + PATH)
 
 
 def training(shape: Shape, entry: Mapping) -> float:
@@ -221,7 +304,7 @@ def memory_of(shape: Shape, prompts: int, local: bool, whole: bool) -> int:
     return memory.plan(planned, prompts, 2**40, local).bytes + (4 * shape.parameters if whole else 0)
 
 
-def tables_of(shape: Shape, prompts: Prompts, asked: Mapping) -> dict[str, float]:
+def tables_of(shape: Shape, prompts: Prompts, asked: Mapping, named: int = 0) -> dict[str, float]:
     """Bytes of the tables that each job leaves of one checkpoint. An estimate: compressed, a score takes its four bytes
     and what names it nearly nothing.
 
@@ -229,7 +312,9 @@ def tables_of(shape: Shape, prompts: Prompts, asked: Mapping) -> dict[str, float
     zeros), of a prompt 4 bytes a head and 5 an expert; with groups ten sums a neuron, and of a prompt the 2% leading
     active neurons of two rankings that share a third (at least 300). That gives 100 MB for OLMoE-1B-7B and 109 for
     OLMo-7B on the published prompts, 37 and 31 without groups; measured were 100, 95, 36 and 28. ablate: 7 bytes a
-    prompt and pass, 15 a prompt and sampled neuron active in it. mask_dense: 42 bytes a neuron and split.
+    prompt and pass, 15 a prompt and sampled neuron active in it. mask_dense: 42 bytes a neuron and split. intervene
+    (``named`` pairs): 2.9 bytes a prompt and intervention, equal ones too, and 4.2 a prompt and gate (a layer's that
+    follows a head, the pair's expert), or head of the pair's layer: 0.85, 0.80 and 0.38 MB of a tiny model.
     """
     ffn, attn, routes = shape.layers * shape.ffn, shape.layers * shape.width, shape.experts > 0
     scored = 4 * (prompts.relations + 2) * (ffn / (1 + routes) + attn)
@@ -239,4 +324,18 @@ def tables_of(shape: Shape, prompts: Prompts, asked: Mapping) -> dict[str, float
         scored += 4 * relations.GROUPS * (ffn + attn) + 4 * prompts.count * listed
     sampled = asked["ablation"]["neurons"] * shape.active / shape.ffn
     ablated = prompts.count * (7 * passes(shape, asked["ablation"]).total() + 15 * sampled)
-    return {"attribute": scored, "ablate": ablated, "mask_dense": 42 * SPLITS * ffn}
+    return {
+        "attribute": scored,
+        "ablate": ablated,
+        "mask_dense": 42 * SPLITS * ffn,
+        "intervene": prompts.count * _intervened(shape, asked["collaboration"], named),
+    }
+
+
+def _intervened(shape: Shape, asked: Mapping, named: int) -> float:
+    """Bytes that the experiments on experts leave of one prompt."""
+    tested, suppressed = asked["strongest"] + named, 1 + min(asked["seeds"], shape.heads - 1)
+    budgeted = len(budgets(shape, asked["budgets"])) * len(asked["weights"]) * (1 + (shape.shared > 0))
+    blocked = len(expert_sets.SIZES) * len(asked["semantics"]) * (2 + 2 * asked["seeds"])
+    gates = tested * suppressed * (1 + (2 * shape.layers + 1) / 3)
+    return 2.9 * (1 + budgeted + blocked + tested * trials(shape, asked)) + 4.2 * (gates + tested * (shape.heads + 1))

@@ -207,7 +207,7 @@ class _Route:
 
         def probability(heads: Tensor, prompts: Tensor) -> Tensor:
             with _in_place(site.module, heads), _heard(decomposition.at(self.layer, "routed")[0].router) as said:
-                last.until(self.head_layer - 1, entering[prompts], prompts, self.layer)
+                last.logits(self.head_layer - 1, entering[prompts], prompts)
             return SCORINGS[self.run.trace.scoring](said[0].reshape(len(prompts), -1).float())[:, self.expert]
 
         nothing = torch.zeros_like(put_out)
@@ -231,22 +231,17 @@ class _Route:
             )
 
     def _rows(self, rows: Tensor, of_heads: Tensor, rest: Tensor, gap: Tensor) -> pl.DataFrame:
-        heads = of_heads.shape[1]
-        ids = self.run.prompts["prompt_id"].gather(rows.cpu().numpy())
-        number = torch.arange(heads).repeat(len(rows)).numpy()
-        parts = [
-            {"prompt_id": ids, "head": None, "attribution": column(rest), "gap": column(gap)},
-            {
-                "prompt_id": ids.gather(torch.arange(len(rows)).repeat_interleave(heads).numpy()),
-                "head": number,
-                "attribution": column(of_heads),
-                "gap": column(gap.repeat_interleave(heads)),
-            },
-        ]
-        names = {"head_layer": self.head_layer, "layer": self.layer, "expert": self.expert}
+        attribution = torch.cat([of_heads, rest[:, None]], 1)
+        prompts = torch.arange(len(rows)).repeat_interleave(attribution.shape[1]).numpy()
+        found = {
+            "prompt_id": self.run.prompts["prompt_id"].gather(rows.cpu().numpy()).gather(prompts),
+            "head": [*range(of_heads.shape[1]), None] * len(rows),
+            "attribution": column(attribution),
+            "gap": column(gap[:, None].expand_as(attribution)),
+        }
+        found |= {name: [getattr(self, name)] * len(prompts) for name in ("head_layer", "layer", "expert")}
         types = tables.SCHEMAS["gradients"].columns
-        frame = pl.concat(pl.DataFrame(part, schema_overrides={"head": tables.ID}) for part in parts)
-        return frame.with_columns(pl.lit(value, tables.ID).alias(name) for name, value in names.items()).select(*types)
+        return pl.DataFrame({name: found[name] for name in types}, schema=dict(types))
 
 
 @contextlib.contextmanager
@@ -261,10 +256,16 @@ def _in_place(matrix: nn.Module, heads: Tensor) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _heard(router: nn.Module) -> Iterator[list[Tensor]]:
-    """What a router says of all experts, with its gradient."""
+    """What a router says of all experts, with its gradient. The forward pass within the context ends there."""
     said: list[Tensor] = []
-    hook = router.register_forward_hook(lambda m, args, output: said.append(output[0]))
+
+    def hear(_: nn.Module, __: tuple, output: tuple[Tensor, ...]) -> None:
+        said.append(output[0])
+        raise replay.Stop
+
+    hook = router.register_forward_hook(hear)
     try:
-        yield said
+        with contextlib.suppress(replay.Stop):
+            yield said
     finally:
         hook.remove()

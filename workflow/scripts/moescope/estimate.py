@@ -25,7 +25,12 @@ from moescope.errors import MoescopeError
 
 ROOT = config.DEFAULT.parent
 #: The table by which a job of a checkpoint is known to be done.
-DONE = {"attribute": "predictions", "ablate": "ablations", "mask_dense": "masked_groups"}
+DONE = {
+    "attribute": "predictions",
+    "ablate": "ablations",
+    "mask_dense": "masked_groups",
+    "intervene": "expert_interventions",
+}
 STAGES = ("download", "training", *DONE)
 #: Requests to the hub at a time, and seconds to wait for its first answer.
 _AT_ONCE, _PATIENCE = 4, 20.0
@@ -207,14 +212,16 @@ class Work:
     @classmethod
     def of(cls, asked: plan.Plan, series: plan.Series, root: Path = ROOT) -> Work:
         """Of a series of a plan, on this disk."""
-        steps = {"attribute": series.steps, "ablate": (), "mask_dense": ()}
+        steps = {"attribute": series.steps}
         if asked.asks("dynamics"):
             steps["ablate"] = asked.ablation.get(series.name, ())
             steps["mask_dense"] = asked.dynamics[series.name] if series.name in asked.routed_by else ()
+        if asked.asks("collaboration") and series.has_experts:
+            steps["intervene"] = asked.collaboration.get(series.name, ())
         folder = Path(plan.RESULTS, series.name)
         left = {
-            job: [step for step in chosen if not (folder / str(step) / f"{DONE[job]}.parquet").exists()]
-            for job, chosen in steps.items()
+            job: [step for step in steps.get(job, ()) if not (folder / str(step) / f"{table}.parquet").exists()]
+            for job, table in DONE.items()
         }
         files = [path for paths in series.files.values() for path in paths]
         trains = series.pretrained and not all(Path(path).exists() for path in files)
@@ -225,33 +232,39 @@ class Work:
         """The checkpoints that some job needs."""
         return [(self.series.name, step) for step in dict.fromkeys(s for steps in self.jobs.values() for s in steps)]
 
-    def hours(self, machine: Machine, prompts: Prompts, ablation: Mapping) -> dict[str, Amount]:
+    def _named(self, asked: Mapping) -> int:
+        """How many pairs of a head and an expert are named for this series."""
+        return sum(pair["series"] == self.series.name for pair in asked["collaboration"]["pairs"])
+
+    def hours(self, machine: Machine, prompts: Prompts, asked: Mapping) -> dict[str, Amount]:
         """Hours of every stage but the download that has something to do."""
         counts = {"training": int(self.trains)} | {job: len(steps) for job, steps in self.jobs.items()}
-        one = {} if self.shape is None else self._each(machine, prompts, ablation)
+        one = {} if self.shape is None else self._each(machine, prompts, asked)
         return {
             stage: Amount(count * one[stage]) if one else Amount.of(None) for stage, count in counts.items() if count
         }
 
-    def _each(self, machine: Machine, prompts: Prompts, ablation: Mapping) -> dict[str, float]:
+    def _each(self, machine: Machine, prompts: Prompts, asked: Mapping) -> dict[str, float]:
         """Hours of the training, and of each job of one checkpoint."""
-        shape, told = self.shape, self.series.entry.get("training")
+        shape, told, ablation = self.shape, self.series.entry.get("training"), asked["ablation"]
         trained = told and machine.hours(
             costs.training(shape, told), costs.JOB + costs.UPDATE * told["steps"], alone=True
         )
         ablating = costs.JOB + costs.PASS * costs.passes(shape, ablation).total()
+        experiments = shape, prompts, asked["collaboration"], self._named(asked)
         return {
             "training": trained or 0.0,
             "attribute": machine.hours(costs.attribute(shape, prompts), costs.JOB),
             "ablate": machine.hours(costs.ablate(shape, prompts, ablation), ablating),
             "mask_dense": machine.hours(costs.mask_dense(shape, prompts), costs.JOB),
+            "intervene": machine.hours(costs.intervene(*experiments), costs.JOB + costs.overhead(*experiments)),
         }
 
     def results(self, prompts: Prompts, asked: Mapping) -> Amount:
         """Bytes that the results grow by: tables, and the checkpoints that are trained here (float32)."""
         if self.shape is None:
             return Amount.of(None if self.needed else 0)
-        each = costs.tables_of(self.shape, prompts, asked)
+        each = costs.tables_of(self.shape, prompts, asked, self._named(asked))
         trained = 4 * self.shape.parameters * len(self.series.files) if self.trains else 0
         return Amount(trained + sum(each[job] * len(steps) for job, steps in self.jobs.items()))
 
@@ -311,7 +324,7 @@ def estimate(asked: plan.Plan, machine: Machine, root: Path = ROOT) -> Estimate:
 def _forecast(
     work: Work, asked: plan.Plan, known: Mapping[Key, int | None], prompts: Prompts, machine: Machine
 ) -> Forecast:
-    series, hours = work.series, work.hours(machine, prompts, asked.config["ablation"])
+    series, hours = work.series, work.hours(machine, prompts, asked.config)
     fetched = [key for key in work.needed if series.on_hub and not in_store(*key)]
     download = Amount.sum(Amount.of(known[key]) for key in fetched)
     if fetched:

@@ -78,8 +78,8 @@ def intervene_run(
 ) -> tuple[dict[str, pl.DataFrame], dict]:
     """The same from a clean run, within ``computing_in_float32``; with a report.
 
-    The report: ``left_out`` (lines on what could not be done), ``hits`` (by size, how many slots go to the blocked
-    experts for one that goes to their matched controls), ``replay_error`` (nats), ``seconds`` by stage.
+    The report: ``notes`` (lines on what could not be done, and on how well controls match), ``replay_error`` (nats) and
+    ``intervention_seconds``.
     """
     start = time.perf_counter()
     shared = any(site.kind == "shared" for site in run.decomposition.sites)
@@ -101,12 +101,18 @@ def intervene_run(
         gates = coupling.suppress_and_force(found, again, clean, pairs, asked.seeds, asked.seed, progress)
     gradients = coupling.integrated_gradients(run, pairs, asked.gradient_steps, progress)
     report = {
-        "left_out": [*left_out, *missing, *blocked],
-        "hits": expert_sets.hits_ratio(plan, parts, hits),
+        "notes": [*left_out, *missing, *blocked, *_on_controls(expert_sets.hits_ratio(plan, parts, hits))],
         "replay_error": error,
         "intervention_seconds": time.perf_counter() - start,
     }
     return {"expert_interventions": found.table(), "gates": gates, "gradients": gradients}, report
+
+
+def _on_controls(ratios: Mapping[int, float]) -> list[str]:
+    return [
+        f"the leading {size} experts that are blocked are chosen {ratio:.2f} times as often as their matched controls"
+        for size, ratio in ratios.items()
+    ]
 
 
 def _tested(

@@ -132,21 +132,22 @@ def matched(
     return tuple(sorted(found))
 
 
-def hits_ratio(
-    plan: Iterable[Blocked], parts: Sequence[Part], hits: Mapping[int, np.ndarray]
-) -> dict[str, float | None]:
+def hits_ratio(plan: Iterable[Blocked], parts: Sequence[Part], hits: Mapping[int, np.ndarray]) -> dict[int, float]:
     """By size, how many (position, slot) go to the experts that are blocked fold by fold, for one that goes to their
-    matched controls; None where these are never chosen or not there."""
-    totals: dict[int, dict[str, list[int]]] = {}
+    matched controls, in the parts that have both; sizes without such are left out."""
+    sets: dict[int, dict[str, list[Blocked]]] = {}
     for one in plan:
         if one.folds:
-            total = sum(
-                int(hits[layer][parts.index(part), expert])
-                for part, chosen in one.sets.items()
-                for layer, expert in chosen
-            )
-            totals.setdefault(one.size, {}).setdefault(one.control, []).append(total)
-    return {
-        str(size): float(np.mean(of["none"]) / mean) if (mean := np.mean(of.get("matched", [0]))) else None
-        for size, of in totals.items()
-    }
+            sets.setdefault(one.size, {}).setdefault(one.control, []).append(one)
+
+    def total(one: Blocked, part: Part) -> int:
+        return sum(int(hits[layer][parts.index(part), expert]) for layer, expert in one.sets[part])
+
+    found = {}
+    for size, of in sets.items():
+        controls, (selection,) = of.get("matched", []), of["none"]
+        both = controls[0].sets if controls else {}
+        theirs = np.mean([sum(total(one, part) for part in both) for one in controls]) if both else 0
+        if theirs:
+            found[size] = sum(total(selection, part) for part in both) / float(theirs)
+    return found

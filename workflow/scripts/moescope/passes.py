@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moescope import replay, routing
+from moescope import precision, replay, routing
 from moescope.clean import BATCH_TOKENS, CleanRun
 from moescope.decomposition import LayerTrace
 from moescope.routing import Routing
@@ -29,9 +29,10 @@ _FEW = 8
 
 @dataclass(frozen=True)
 class Batch:
-    """What runs at once: ``rows`` [B] among all prompts and their ``prefixes`` [B, T], as numbers."""
+    """What runs at once: ``rows`` [B] among all prompts, token ``ids`` and ``prefixes`` [B, T], these as numbers."""
 
     rows: Tensor
+    ids: Tensor
     prefixes: Tensor
     _distinct: replay.Distinct
 
@@ -68,8 +69,8 @@ class Passes:
         self.labels = np.zeros(len(run.prompts), dtype=int) if labels is None else np.asarray(labels)
         self.groups = replay.by_length(run, self.labels.tolist())
         model, device = run.model, run.decomposition.device
-        upcast = any(p.dtype != torch.float32 for p in model.parameters())  # which every batch pays for
-        self.tokens = BATCH_TOKENS if upcast or device.type != "cpu" else _CACHED_TOKENS
+        self.upcast = any(p.dtype != torch.float32 for p in model.parameters())
+        self.tokens = BATCH_TOKENS if self.upcast or device.type != "cpu" else _CACHED_TOKENS
         self.prefixes = 1 + max(int(group.prefixes.max()) for group in self.groups)
         self.label = torch.zeros(self.prefixes, dtype=torch.long, device=device)
         of_prompt = torch.as_tensor(self.labels, device=device)
@@ -82,38 +83,37 @@ class Passes:
         ``neurons``: what those of the feed-forward part before did is recorded too."""
         if layer < self.layer:
             self.layer, self.before = 0, LayerTrace()
+        if layer == self.layer:
+            return
         decomposition, before = self.clean.decomposition, LayerTrace()
-        for group in self.groups if layer > self.layer else ():
-            for part in self._parts(group, torch.arange(len(group.rows), device=group.rows.device)):
-                prefixes = group.prefixes[part]
-                with contextlib.ExitStack() as within:
-                    within.enter_context(self._resumed(prefixes, self.before.residual_out))
-                    recorded = replay.recording(decomposition, layer - 1, self.distinct)
-                    did = within.enter_context(recorded) if neurons else LayerTrace()
-                    hidden = replay.hidden_at(decomposition, layer, group.ids[part])
-                first = self.distinct.first
-                did.residual_out, did.gates = hidden.flatten(0, 1)[first], {}
-                before.scatter(prefixes.flatten()[first], self.prefixes, did)
-        if layer > self.layer:
-            self.layer, self.before = layer, before
+        batches = self._batches(np.ones(len(self.labels), dtype=bool))
+        first, streams = self._through(batches, self._streams(batches, self.before.residual_out), layer - 1)
+        with precision.held(decomposition.layers[layer - 1]):
+            for batch, stream in zip(batches, streams, strict=True):
+                with self._taken_up(batch, first, stream), self._recording(layer - 1, neurons) as did:
+                    hidden = replay.hidden_at(decomposition, layer, batch.ids)
+                distinct = self.distinct.first
+                did.residual_out, did.gates = hidden.flatten(0, 1)[distinct], {}
+                before.scatter(batch.prefixes.flatten()[distinct], self.prefixes, did)
+        self.layer, self.before = layer, before
 
     def run(
         self, prompts: np.ndarray, stream: Tensor | None, during: During | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """log p(target) and rank of the prompts named in a mask [P], the stream being as given by prefix (None: not
         begun) and each batch running ``during`` what is given; what is not asked for is NaN and 0."""
-        device, target = self.clean.decomposition.device, self.clean.target
-        asked = torch.from_numpy(prompts).to(device)
-        log_prob = torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=device)
-        rank = torch.zeros(len(prompts), dtype=torch.long, device=device)
-        for group in self.groups:
-            for part in self._parts(group, asked[group.rows].nonzero()[:, 0]):
-                some, prefixes = group.rows[part], group.prefixes[part]
-                with self._resumed(prefixes, stream), _holding(during, Batch(some, prefixes, self.distinct)):
-                    logits = replay.last_logits(self.clean.model, group.ids[part])
-                its = target[some]
-                log_prob[some] = replay.log_prob(logits, its)
-                rank[some] = 1 + (logits > logits.gather(1, its[:, None])).sum(1)
+        decomposition, target = self.clean.decomposition, self.clean.target
+        log_prob = torch.full((len(prompts),), torch.nan, dtype=torch.float64, device=decomposition.device)
+        rank = torch.zeros(len(prompts), dtype=torch.long, device=decomposition.device)
+        batches = self._batches(prompts)
+        first, streams = self._through(batches, self._streams(batches, stream), len(decomposition.layers), during)
+        with precision.held(decomposition.head):
+            for batch, hidden in zip(batches, streams, strict=True):
+                with self._taken_up(batch, first, hidden), _holding(during, batch):
+                    logits = replay.last_logits(self.clean.model, batch.ids)
+                its = target[batch.rows]
+                log_prob[batch.rows] = replay.log_prob(logits, its)
+                rank[batch.rows] = 1 + (logits > logits.gather(1, its[:, None])).sum(1)
         return log_prob.cpu().numpy(), rank.cpu().numpy()
 
     def error(self, few: bool = False) -> float:
@@ -127,14 +127,43 @@ class Passes:
         found, _ = self.run(asked, self.before.residual_out)
         return replay.verified(self.clean.model, found[asked], replay.log_prob(logits, target).cpu().numpy()[asked])
 
-    def _parts(self, group: replay.Group, prompts: Tensor) -> tuple[Tensor, ...]:
-        return prompts.split(max(1, self.tokens // group.ids.shape[1])) if len(prompts) else ()
+    def _recording(self, layer: int, neurons: bool) -> AbstractContextManager[LayerTrace]:
+        if not neurons:
+            return contextlib.nullcontext(LayerTrace())
+        return replay.recording(self.clean.decomposition, layer, self.distinct)
 
-    def _resumed(self, prefixes: Tensor, stream: Tensor | None) -> AbstractContextManager:
-        self.distinct.of(prefixes)
+    def _batches(self, prompts: np.ndarray) -> list[Batch]:
+        """The prompts named in a mask [P]."""
+        asked, found = torch.from_numpy(prompts).to(self.label.device), []
+        for group in self.groups:
+            some = asked[group.rows].nonzero()[:, 0]
+            for part in some.split(max(1, self.tokens // group.ids.shape[1])) if len(some) else ():
+                found.append(Batch(group.rows[part], group.ids[part], group.prefixes[part], self.distinct))
+        return found
+
+    def _streams(self, batches: Sequence[Batch], stream: Tensor | None) -> list[Tensor | None]:
+        """What the layer to start at reads in each: [B, T, d]."""
+        return [None if stream is None else stream[batch.prefixes] for batch in batches]
+
+    def _through(
+        self, batches: Sequence[Batch], streams: list[Tensor | None], to: int, during: During | None = None
+    ) -> tuple[int, list[Tensor | None]]:
+        """A layer before ``to``, or that, and what it reads in each batch. Blocks that have to be upcast run one after
+        the other, each for all batches, so that it is upcast once; others wait until the whole pass is run."""
+        if not self.upcast:
+            return self.layer, streams
+        for layer in range(self.layer, to):
+            with precision.held(self.clean.decomposition.layers[layer]):
+                for i, batch in enumerate(batches):
+                    with self._taken_up(batch, layer, streams[i]), _holding(during, batch):
+                        streams[i] = replay.hidden_at(self.clean.decomposition, layer + 1, batch.ids)
+        return max(self.layer, to), streams
+
+    def _taken_up(self, batch: Batch, layer: int, stream: Tensor | None) -> AbstractContextManager:
+        self.distinct.of(batch.prefixes)
         if stream is None:
             return contextlib.nullcontext()
-        return replay.from_layer(self.clean.decomposition, self.layer, stream[prefixes])
+        return replay.from_layer(self.clean.decomposition, layer, stream)
 
 
 def _holding(during: During | None, batch: Batch) -> AbstractContextManager:

@@ -10,6 +10,41 @@ from torch import nn
 
 from moescope.decomposition import layers_of
 
+#: Stored weights by the memory of the float32 copies that stand in for them right now.
+_STORED: dict[int, torch.Tensor] = {}
+
+
+def stored(weight: torch.Tensor) -> torch.Tensor | None:
+    """The stored tensor whose float32 copy this is a view of; None where it is none."""
+    return _STORED.get(weight.untyped_storage().data_ptr())
+
+
+class _Wide:
+    """A module in float32 until it is told to ``narrow``."""
+
+    def __init__(self, module: nn.Module):
+        self.stored = [(p, p.data) for p in module.parameters() if p.is_floating_point() and p.dtype != torch.float32]
+        for parameter, data in self.stored:
+            parameter.data = data.float()
+            _STORED[parameter.untyped_storage().data_ptr()] = data
+
+    def narrow(self) -> None:
+        """Give the stored tensors back."""
+        for parameter, data in self.stored:
+            del _STORED[parameter.untyped_storage().data_ptr()]
+            parameter.data = data
+        self.stored = []
+
+
+@contextlib.contextmanager
+def held(module: nn.Module) -> Iterator[None]:
+    """Keep a block in float32 over all its runs within the context, instead of upcasting it for each."""
+    wide = _Wide(module)
+    try:
+        yield
+    finally:
+        wide.narrow()
+
 
 @contextlib.contextmanager
 def exact_products() -> Iterator[None]:
@@ -62,16 +97,14 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     layers = set(layers_of(model))
     inside = {m for layer in layers for m in layer.modules()}
     owners = [m for m in model.modules() if m not in inside and next(m.parameters(recurse=False), None) is not None]
-    stored: dict[nn.Module, list] = {}
+    wide: dict[nn.Module, _Wide] = {}
 
     def up(module: nn.Module, *_: object) -> None:
-        stored[module] = [(p, p.data) for p in module.parameters() if p.is_floating_point()]
-        for parameter, data in stored[module]:
-            parameter.data = data.float()
+        wide[module] = _Wide(module)
 
     def down(module: nn.Module, *_: object) -> None:
-        for parameter, data in stored.pop(module, ()):
-            parameter.data = data
+        if module in wide:
+            wide.pop(module).narrow()
 
     handles = []
     for module in (*owners, *layers):
@@ -89,7 +122,7 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-        for module in list(stored):  # an interrupt skips even the hooks that are always called
+        for module in list(wide):  # an interrupt skips even the hooks that are always called
             down(module)
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionCacheLayerMixin
 
+from moescope import precision
 from moescope.clean import CleanRun
 from moescope.decomposition import (
     Decomposition,
@@ -40,76 +41,67 @@ class ReplayError(MoescopeError):
     """A model whose forward pass cannot be taken up in the middle."""
 
 
-class _Stream:
-    """The residual stream that skipped layers hand on, as given, or as the first of them reads it."""
-
-    def __init__(self, hidden: Tensor | None = None):
-        self.given, self.hidden = hidden is not None, hidden
-        self.skipped = False
-
-    def skip(self, args: tuple, kwargs: dict) -> Tensor:
-        """What a skipped layer of these arguments hands on."""
-        if not self.given and not self.skipped:
-            self.hidden = hidden_of(args, kwargs)
-        self.skipped = True
-        return self.hidden
-
-    def enter(self, _: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
-        """The pre-hook of the module behind the skipped layers, which reads the stream in earnest."""
-        if not self.given and not self.skipped:  # none was skipped, or it is a norm that stands before the layers too
-            self.hidden = hidden_of(args, kwargs)
-            return None
-        return ((self.hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": self.hidden})
+class Stop(Exception):
+    """Ends a forward pass of which no more is wanted; no error."""
 
 
 class _Skipped(nn.Module):
-    """In the place of a layer: costs nothing, not even the upcast of its weights."""
+    """In the place of a layer: hands on what it is told, and costs nothing, not even the upcast of weights."""
 
-    def __init__(self, layer: nn.Module, stream: _Stream, returns: int):
+    def __init__(self, layer: nn.Module, hidden: Tensor, returns: int):
         super().__init__()
         # past nn.Module, which would make the layer a child
-        self.__dict__.update(layer=layer, stream=stream, returns=returns)
+        self.__dict__.update(layer=layer, hidden=hidden, returns=returns)
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.__dict__["layer"], name)  # models ask layers for their kind of attention
 
-    def forward(self, *args: object, **kwargs: object) -> Tensor | tuple:
-        hidden = self.stream.skip(args, kwargs)
-        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
-
-
-@contextlib.contextmanager
-def _skipping(decomposition: Decomposition, skipped: range, stream: _Stream) -> Iterator[None]:
-    """Run the model without some layers in a row; the next layer (or the final norm) reads ``stream``.
-
-    Of what the skipped ones return, no more than the number matters: nobody reads it.
-    """
-    layers = decomposition.layers
-    after = layers[skipped.stop] if skipped.stop < len(layers) else decomposition.norm
-    with contextlib.ExitStack() as restoring:
-        for i in skipped:
-            restoring.callback(layers.__setitem__, i, layers[i])
-            layers[i] = _Skipped(layers[i], stream, decomposition.returns.get(i, 0))
-        restoring.callback(after.register_forward_pre_hook(stream.enter, with_kwargs=True).remove)
-        yield
+    def forward(self, *_: object, **__: object) -> Tensor | tuple:
+        # of what a layer returns beside, no more than the number matters: nobody reads it
+        return (self.hidden, *[None] * (self.returns - 1)) if self.returns else self.hidden
 
 
 @contextlib.contextmanager
 def from_layer(decomposition: Decomposition, layer: int, hidden: Tensor) -> Iterator[None]:
     """Start at a layer: within the context a run on token ids [B, T] begins with ``hidden`` [B, T, d], what that layer
     read when it was recorded (``layer`` = number of layers: the final norm)."""
-    with _skipping(decomposition, range(layer), _Stream(hidden)):
+
+    def enter(_: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        return ((hidden, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": hidden})
+
+    layers = decomposition.layers
+    with contextlib.ExitStack() as restoring:
+        for i in range(layer):
+            restoring.callback(layers.__setitem__, i, layers[i])
+            layers[i] = _Skipped(layers[i], hidden, decomposition.returns.get(i, 0))
+        begins = _reader_of(decomposition, layer)
+        restoring.callback(begins.register_forward_pre_hook(enter, with_kwargs=True).remove)
         yield
+
+
+def _reader_of(decomposition: Decomposition, layer: int) -> nn.Module:
+    """The layer of that number, or the final norm behind the last."""
+    return decomposition.layers[layer] if layer < len(decomposition.layers) else decomposition.norm
 
 
 @torch.no_grad()
 def hidden_at(decomposition: Decomposition, layer: int, ids: Tensor) -> Tensor:
-    """What a layer reads at all positions of token ids [B, T], later layers left out: [B, T, d]. Within ``from_layer``
-    of an earlier layer it goes on from there."""
-    stream = _Stream()
-    with _skipping(decomposition, range(layer, len(decomposition.layers)), stream):
+    """What a layer (``layer`` = number of layers: the final norm) reads at all positions of token ids [B, T], where the
+    pass ends: [B, T, d]. Within ``from_layer`` of an earlier layer it goes on from there."""
+    layers, read, ran = decomposition.layers, [], []
+
+    def reached(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        if layer < len(layers) or ran:  # a norm that stands before the layers too is not what is meant
+            read.append(hidden_of(args, kwargs))
+            raise Stop
+
+    with contextlib.ExitStack() as hooks, contextlib.suppress(Stop):
+        # first of all its hooks: a block that is not to run need not be upcast
+        reader = _reader_of(decomposition, layer)
+        hooks.callback(reader.register_forward_pre_hook(reached, prepend=True, with_kwargs=True).remove)
+        hooks.callback(layers[-1].register_forward_hook(lambda *_: ran.append(True)).remove)
         last_logits(decomposition.model, ids)
-    return stream.hidden
+    return read[0]
 
 
 @contextlib.contextmanager
@@ -327,13 +319,6 @@ class LastPosition:
         with from_layer(self.decomposition, layer + 1, residual[:, None]):
             return last_logits(self.model, self.last[prompts], **self._cache(layer + 1, prompts))
 
-    def until(self, layer: int, residual: Tensor, prompts: Tensor, last: int) -> None:
-        """The same as far as layer ``last``, for what hooks see on the way."""
-        after = range(last + 1, len(self.decomposition.layers))
-        unread = patched(self.decomposition.head, lambda forward: lambda hidden, *_, **__: hidden)
-        with _skipping(self.decomposition, after, _Stream()), unread:
-            self.logits(layer, residual, prompts)
-
     @torch.no_grad()
     def log_prob(self, layer: int, residual: Tensor, prompts: Tensor) -> Tensor:
         """The same as log p(target): float64 [rows]."""
@@ -351,14 +336,27 @@ class LastPosition:
             found = list(torch.autograd.grad(value.gather(1, self.target[:, None]).sum(), top))
         for layer in range(len(layers) - 1, 0, -1):
             below, written = residuals[layer - 1].detach().clone().requires_grad_(), []
-            hook = layers[layer].register_forward_hook(lambda m, args, out, to=written: to.append(first_of(out)))
-            try:
-                with differentiating(), _skipping(self.decomposition, range(layer + 1, len(layers)), _Stream()):
+            with differentiating():
+                with _ending_after(layers[layer], written):
                     self.logits(layer - 1, below, everyone)
-                    found += torch.autograd.grad(written[0], below, found[-1][:, None])
-            finally:
-                hook.remove()
+                found += torch.autograd.grad(written[0], below, found[-1][:, None])
         return found[::-1]
+
+
+@contextlib.contextmanager
+def _ending_after(layer: nn.Module, written: list[Tensor]) -> Iterator[None]:
+    """A pass ends with what this layer puts out."""
+
+    def ended(_: nn.Module, __: tuple, output: object) -> None:
+        written.append(first_of(output))
+        raise Stop
+
+    hook = layer.register_forward_hook(ended)
+    try:
+        with contextlib.suppress(Stop):
+            yield
+    finally:
+        hook.remove()
 
 
 def _of(prompts: Tensor, states: dict[int, Tensor | None]) -> dict[int, Tensor | None]:
@@ -376,6 +374,20 @@ def _extended(clean: CacheLayerMixin, prompts: Tensor, update: str, *new: object
 @contextlib.contextmanager
 def differentiating() -> Iterator[None]:
     """Record gradients. Weights are remembered as they are now: an upcast block gives its float32 copy back before the
-    backward pass asks for it."""
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach(), lambda t: t):
+    backward pass asks for it. It is made again then, so that not every block that ran stays in float32."""
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(_packed, _unpacked):
         yield
+
+
+def _packed(tensor: Tensor) -> Tensor | tuple:
+    weight = precision.stored(tensor)
+    if weight is None:
+        return tensor.detach()
+    return weight, tensor.size(), tensor.stride(), tensor.storage_offset()
+
+
+def _unpacked(packed: Tensor | tuple) -> Tensor:
+    if isinstance(packed, Tensor):
+        return packed
+    weight, *view = packed
+    return weight.float().as_strided(*view)
