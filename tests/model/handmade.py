@@ -270,7 +270,7 @@ def exchangeable(seed: int, driving: bool = False) -> Known:
     their own, independent of the router's, to a common block that answers read likewise. ``driving``: routers read that
     block instead, so that all heads drive all experts, and all in the same way. The norm of all embeddings is the same.
 
-    Every subject occurs in both relations, with the same routing: its two prompts are no independent sample. The seed
+    Every subject occurs in both relations, with the same routing and answer: its two prompts tell one thing. The seed
     draws embeddings and answers alone; models of other seeds are the same object, which the last call has set.
     """
     random = np.random.default_rng(seed)
@@ -280,10 +280,11 @@ def exchangeable(seed: int, driving: bool = False) -> Known:
         bench.embed(name, **blocks)
     embedding = bench.model.get_input_embeddings().weight.data
     embedding[:, 0] = (RMS**2 * bench.width - embedding[:, 1:].square().sum(1)).sqrt()
+    drawn = random.integers(TOKENS, size=len(subjects))
     facts = [
-        (relation, name, answers[random.integers(TOKENS)], f"{relation} {{}}", i % 10)
+        (relation, name, answers[answer], f"{relation} {{}}", i % 10)
         for relation in ("first", "second")
-        for i, name in enumerate(subjects)
+        for i, (name, answer) in enumerate(zip(subjects, drawn, strict=True))
     ]
     return Known(bench.model, bench.tokenizer(), _prompts(facts))
 

@@ -340,8 +340,9 @@ def test_answers_of_a_shared_expert_need_no_routed_one():
 # --- nothing to be found
 
 SAMPLES = 50
-#: So many of the samples may show a false finding whose rate is 5%: more happen once in a thousand times.
-MOST = int(binom.isf(1e-3, SAMPLES, 0.05))
+#: So many of the samples may show a false finding whose rate is 5%: more happen once in a thousand times. Percentile
+#: intervals of 40 subjects miss a little more often (in 6% of 180 other samples) than those of many.
+MOST, MOST_INTERVALS = (int(binom.isf(1e-3, SAMPLES, rate)) for rate in (0.05, 0.07))
 METRICS = ("mrr", "log_prob")
 
 
@@ -370,12 +371,11 @@ def alike():
     return tuple(map(pl.concat, found))
 
 
-def excluded(rows, name="excess"):
-    """In how many samples the interval does not hold 0; there is one in each."""
+def excluded(rows):
+    """In how many samples the interval of the excess does not hold 0; each has one."""
     assert rows["sample"].n_unique() == len(rows) == SAMPLES
-    low, high = (f"{name}_low", f"{name}_high") if name else ("low", "high")
-    assert rows[low].null_count() == 0
-    return ((rows[low] > 0) | (rows[high] < 0)).sum()
+    assert rows["excess_low"].null_count() == 0
+    return ((rows["excess_low"] > 0) | (rows["excess_high"] < 0)).sum()
 
 
 def standard_score(values):
@@ -393,12 +393,10 @@ def test_leading_experts_among_equals_do_no_more_than_their_controls(alike, sema
     rows = blocked.filter(scope="all", average="micro", size=1, semantics=semantics, metric=metric)
     for control in ("matched", "random"):
         excess = rows.filter(control=control)
-        assert excluded(excess) <= MOST
+        assert excluded(excess) <= MOST_INTERVALS
         assert abs(standard_score(excess["excess_value"])) < 3.5
-    in_sample, crossed = (rows.filter(control="none", crossfit=fit) for fit in (False, True))
-    assert excluded(in_sample, name="") > MOST
-    optimism = in_sample.sort("sample")["value"] - crossed.sort("sample")["value"]
-    assert standard_score(optimism) > 3.5
+        in_sample = rows.filter(control="none", crossfit=False).sort("sample")["value"]
+        assert standard_score(in_sample - excess.sort("sample")["value"]) > 3.5
 
 
 def test_independent_heads_and_experts_are_associated_no_more_often_than_stated(alike):
@@ -427,7 +425,7 @@ def test_a_head_among_equals_does_no_more_than_the_others(alike, quantity):
     any other on the next, with 1 / heads of the gradient."""
     _, _, driven = alike
     rows = driven.filter(pl.col("head").is_null(), pl.col("gate_layer").is_null(), quantity=quantity)
-    assert excluded(rows) <= MOST
+    assert excluded(rows) <= MOST_INTERVALS
     assert abs(standard_score(rows["excess_value"])) < 3.5
     if quantity == "gate_drop":
         assert rows["value"].mean() > 0.1, "the case must arise: heads that drive"

@@ -87,7 +87,7 @@ def twice(jobs: dict[str, int]) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class Studied:
-    """A finished folder in which the study was run too: what it was asked, what was announced, what was there before."""
+    """A finished folder in which the study was run too: the jobs that were announced, the files that were there."""
 
     folder: Path
     jobs: dict[str, int]
@@ -435,6 +435,6 @@ def test_the_pairs_of_the_paper_go_to_its_model_alone(hub: Server, tmp_path: Pat
     """Also its correlations: they are read off the tables of the model that the paper names pairs of."""
     prepare(tmp_path, hub, yaml.safe_load((ROOT / "configs/collaboration.yaml").read_text()))
     told = snakemake(tmp_path, "--dry-run").stdout
-    together = re.search(r"rule collaboration_together:\n +input: (.*)\n", told)[1].split(", ")
-    heads = [path for path in together if path.endswith(("heads.parquet", "routing.parquet"))]
-    assert heads == ["results/qwen-moe/main/heads.parquet", "results/qwen-moe/main/routing.parquet"]
+    reason = re.search(r"Holding the series against each other.*\n *Reason: .*updated by another job: (.*)", told)
+    read = [path for path in reason[1].split(", ") if path.endswith(("heads.parquet", "routing.parquet"))]
+    assert sorted(read) == ["results/qwen-moe/main/heads.parquet", "results/qwen-moe/main/routing.parquet"]

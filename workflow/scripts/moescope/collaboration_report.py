@@ -59,12 +59,12 @@ EFFECTS = {
     "recovery": "share of the loss that comes back so",
     "gradient_share": "the head's share of the positive attribution of all heads of its layer",
     "gradient_share_with_rest": "the same with what is left without heads",
-    "gradient_gap": "completeness gap of the integrated gradients, of the probability",
+    "gradient_gap": "completeness gap of the integrated gradients, of the probability (routers on the way switch)",
 }
 #: Ways to choose the leading experts of a relation.
 METHODS = {
-    "top_neuron_frequency": "prompts in which they own one of the 100 leading FFN neurons",
-    "top_neuron_count": "how many of the 100 leading FFN neurons of the prompts they own",
+    "top_neuron_frequency": "number of prompts in which they own one of the 100 leading FFN neurons",
+    "top_neuron_count": "number of the 100 leading FFN neurons of every prompt that they own",
     "routing_frequency": "share of the prompts that are routed to them",
     "mean_weight": "mean weight that the router gives them",
     "summed_lpi": "mean log-probability increase of all their neurons",
@@ -239,11 +239,14 @@ def _experts(series: Sequence[Series], method: str) -> Table:
             listed = leading.filter(pl.col("rank") <= LISTED).iter_rows(named=True)
             rows.append([one.name, relation, ", ".join(map(_expert, listed)), *_overlap(overlap, relation, method)])
     columns = ["series", "relation", "experts (layer, number)", "in the paper's list", "by chance", "by layers", "p"]
-    note = (
-        f"Routed experts, chosen on all prompts by the {METHODS[method]}. "
-        "Chance: what as many experts drawn from all layers, or from the same layers, would have in common with the "
-        "paper's list; p of as many or more."
-    )
+    note = f"Routed experts, chosen on all prompts by the {METHODS[method]}."
+    if all(row[3] == UNKNOWN for row in rows):  # none of these is a model of the paper
+        columns, rows = columns[:3], [row[:3] for row in rows]
+    else:
+        note += (
+            " Chance: what as many experts drawn from all layers, or from the same layers, would have in common with "
+            "the paper's list; p of as many or more."
+        )
     return Table("Leading experts by relation (tables 5, 8)", columns, rows, note, words=3)
 
 

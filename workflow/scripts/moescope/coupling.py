@@ -64,6 +64,8 @@ def suppress_and_force(
     for one in bar:
         pair, decomposition = one.pair, passes.clean.decomposition
         pair.require_causal()
+        own = interventions.head(decomposition, pair.head_layer, pair.head)
+        interventions.Target(pair.layer, "routed", [0], pair.expert).site(decomposition)
         passes.start_at(pair.head_layer)
         others = _others(decomposition.at(pair.head_layer, "attn")[0].heads, pair.head, seeds, [seed, *pair[:2]])
         for head, control in [(pair.head, {"control": "none"}), *_controls(others)]:
@@ -78,13 +80,14 @@ def suppress_and_force(
         weight = clean[pair.layer].weight_of(pair.expert)
         for expert, control in [(pair.expert, {"control": "none"}), *_controls(experts)]:
             during = _forced(passes, pair.layer, expert, weight)
-            with interventions.zeroed(decomposition, [interventions.head(decomposition, *pair[:2])]):
+            with interventions.zeroed(decomposition, [own]):
                 result = passes.run(one.prompts, passes.before.residual_out, during)
             said = {"mode": pair.label, "fold": one.fold, "head": pair.head, "expert": expert, **control}
             found.add(*result, one.prompts, experiment="forcing", layer=pair.layer, **said)
     if not gates:
         return tables.of_rows([], "gates")
-    return tables.check(pl.concat(gates).unique(tables.SCHEMAS["gates"].key), "gates")  # pairs may share a head
+    found_once = pl.concat(gates).unique(tables.SCHEMAS["gates"].key, keep="first", maintain_order=True)
+    return tables.check(found_once, "gates")  # pairs may share a head
 
 
 def _others(count: int, but: int, number: int, seed: Sequence[int]) -> list[int]:
@@ -170,9 +173,10 @@ def integrated_gradients(
     All at the last position, keys and values of the others being those of the clean run. The path leads from all heads
     of the layer zeroed to what they put out, in ``steps`` of Gauss-Legendre quadrature; everything else that the layer
     adds to stays, and later layers follow. ``attribution`` is summed over a head's neurons; the rest (head null) is the
-    probability that is left without these heads. Both add up to the probability, but for the ``gap`` of the quadrature.
-    Not within ``replay.sparing``. Raises InterventionError where the layer has no heads, ReplayError where the last
-    position cannot be run again by itself.
+    probability that is left without these heads. Both add up to the probability, but for the ``gap``. It is that of the
+    quadrature, and, where routers lie between the head and the expert, of their choices, which switch along the path:
+    the probability jumps there, and no gradient sees it, however many the steps. Not within ``replay.sparing``. Raises
+    InterventionError where the layer has no heads, ReplayError where the last position cannot be run by itself.
     """
     wanted: dict[tuple[int, int, int], np.ndarray] = {}
     for one in tested:

@@ -24,7 +24,7 @@ from moescope.clean import CleanRun
 from moescope.decomposition import Decomposition
 from moescope.errors import MoescopeError
 from moescope.expert_sets import Blocked, Expert, Part
-from moescope.interventions import InterventionError
+from moescope.interventions import BlockingError, InterventionError
 from moescope.passes import Batch, During, Passes
 from moescope.routing import Routing
 
@@ -120,7 +120,7 @@ def add_budgets(found: Interventions, passes: Passes, asked: Sequence[Budget], p
     decomposition = passes.clean.decomposition
     slots = slots_of(passes.clean)
     everyone, known = np.ones(len(passes.clean.prompts), dtype=bool), {}
-    passes.start_at(min(_first(decomposition, budget.shared) for budget in asked))
+    passes.start_at(min((_first(decomposition, budget.shared) for budget in asked), default=passes.layer))
     for budget in tqdm(asked, desc="budgets", unit="budget", disable=not progress):
         kept = budget.kept(slots)
         same_weights = not any(decomposition.normalises.values()) or len(kept) in (0, slots)
@@ -187,7 +187,7 @@ def add_blocking(
             asked = np.isin(passes.labels, [parts.index(part) for part in sets])
             try:
                 result = passes.run(asked, passes.before.residual_out, _blocked(passes, sets, parts, how))
-            except InterventionError as error:  # a router that cannot be changed in this way, or not so far
+            except BlockingError as error:  # a router that cannot be changed in this way, or not so far
                 left_out.append(f"{name}: {error}")
                 continue
             said = {"semantics": how, "size": one.size, "control": one.control, "seed": one.seed}

@@ -33,6 +33,10 @@ class InterventionError(MoescopeError):
     """An intervention that would not do what it says: it names what the model does not have."""
 
 
+class BlockingError(InterventionError):
+    """Experts that a router cannot be kept from in the way that is asked for."""
+
+
 @dataclass(frozen=True)
 class Target:
     """Neurons of one site: its layer, its kind (attn, dense, shared, routed), of routed sites the expert."""
@@ -334,11 +338,15 @@ class _Inside(TorchFunctionMode):
         super().__init__()
         self.count, self.experts, self.logits, self.scores = count, experts, logits, scores
         self.met: set[str] = set()
+        #: whether there were too few experts to choose from
+        self.short = False
 
     def __torch_function__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
         if self.scores and func in (torch.topk, Tensor.topk) and args[0].shape[1:] == (self.count,):
             self.met.add("scores")
-            args = (self.scores(args[0], self.experts.to(args[0].device)), *args[1:])
+            found = func(self.scores(args[0], self.experts.to(args[0].device)), *args[1:], **(kwargs or {}))
+            self.short |= bool(found.values.isneginf().any())  # of blocked ones, or of those of another group
+            return found
         found = func(*args, **(kwargs or {}))
         if self.logits and func is F.linear and found.shape[-1] == self.count:
             self.met.add("logits")
@@ -369,23 +377,23 @@ class _Rerouted:
         for name, change in {"logits": self.logits, "scores": None if self.or_otherwise else self.scores}.items():
             if change is not None and name not in inside.met:
                 raise self.impossible(f"their router has no {name} that could be changed; block them another way")
-        self.require_left_out(said)
+        self.require_left_out(said, inside.short)
         return said
 
-    def require_left_out(self, said: tuple[Tensor, ...]) -> None:
+    def require_left_out(self, said: tuple[Tensor, ...], short: bool) -> None:
         if not (isinstance(said, tuple) and len(said) >= 3):
             raise self.impossible("their router does not say what it chose; use zero_weight")
         _, weight, index = said[:3]
         chosen = _chosen(self.experts, index)
-        if self.scores is not None and chosen.any():
+        if short or (self.scores is not None and chosen.any()):
             raise self.impossible("too few others can take their place; block fewer of them, or use zero_weight")
         if weight[chosen].any():
             raise self.impossible("their router gives them a weight all the same; use min_logit or zero_weight")
         if not weight.isfinite().all():
             raise self.impossible("their router gives weights that are no numbers; use zero_weight")
 
-    def impossible(self, why: str) -> InterventionError:
-        return InterventionError(f"{self.where}: {why}")
+    def impossible(self, why: str) -> BlockingError:
+        return BlockingError(f"{self.where}: {why}")
 
 
 @contextlib.contextmanager
@@ -401,7 +409,7 @@ def _choosing(
         for site, mask in _named(decomposition, experts):
             where = f"layer {site.layer}, experts {mask.any(0).nonzero()[:, 0].tolist()}"
             if site.router is None:
-                raise InterventionError(f"{where}: what chooses between them was not found; use zero_weight")
+                raise BlockingError(f"{where}: what chooses between them was not found; use zero_weight")
             rerouted = _Rerouted(where, site.experts, mask, logits, scores, or_otherwise)
             restoring.enter_context(patched(site.router, rerouted))
         yield
