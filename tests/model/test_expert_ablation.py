@@ -23,7 +23,7 @@ from moescope.interventions import InterventionError
 from tests.model import by_prompt, models, references
 
 KEY = list(tables.SCHEMAS["expert_interventions"].key)
-METHOD, SEEDS = "by hand", 1
+METHOD, SEEDS = "summed_lpi", 1
 LAST = 2
 #: Families all of whose rows are compared; of the others, a few.
 WHOLE = ["qwen2_moe", "glm4_moe"]

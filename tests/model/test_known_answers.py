@@ -465,8 +465,18 @@ def test_a_head_after_its_expert():
     assert "expert 3 of layer 0" in said
 
 
-def test_a_head_that_is_not_there():
-    assert "layer 0 has no head 9" in refusal(InterventionError, pairs=[(0, 9, 1, 2)])
+@pytest.mark.parametrize(
+    ("pair", "fault"),
+    [
+        ((0, 9, 1, 2), "layer 0 has no head 9"),
+        ((0, -1, 1, 2), "layer 0 has no head -1"),
+        ((7, 1, 7, 2), "layer 7 has no head 1"),
+        ((0, 1, 1, 8), "expert 8: experts go from 0 to 7"),
+        ((0, 1, 5, 2), "layers go from 0 to 1"),
+    ],
+)
+def test_a_head_or_an_expert_that_is_not_there(pair, fault):
+    assert fault in refusal(InterventionError, pairs=[pair])
 
 
 @torch.no_grad()

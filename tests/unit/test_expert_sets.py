@@ -8,6 +8,7 @@ import pytest
 
 from moescope import expert_sets, tables
 from moescope.expert_sets import Blocked
+from moescope.selection import SelectionError
 
 LAYERS, EXPERTS = (1, 2, 4), 24
 RELATIONS = ("capital", "colour", "language")
@@ -190,7 +191,20 @@ def test_a_relation_without_leading_experts_has_random_controls_only():
     plan, left_out = expert_sets.plan(leading(lists), METHOD, PARTS, HITS, seeds=1)
     for one in plan:
         assert {name for name, _ in one.sets} == set(RELATIONS) - ({"colour"} if one.control != "random" else set())
-    assert left_out == []
+    assert left_out == ["colour, cross-fitted blocking: no expert leads on one of the folds"]
+
+
+def test_a_relation_with_leading_experts_on_one_fold_is_not_crossfitted():
+    lists = {key: experts for key, experts in LISTS.items() if key != ("colour", 1)}
+    plan, left_out = expert_sets.plan(leading(lists), METHOD, PARTS, HITS, seeds=1)
+    for one in plan:
+        assert ("colour" in {name for name, _ in one.sets}) == (not one.folds)
+    assert left_out == ["colour, cross-fitted blocking: no expert leads on one of the folds"]
+
+
+def test_a_method_that_is_not_known_is_named():
+    with pytest.raises(SelectionError, match="fame: experts lead by top_neuron_frequency, .*; name one of them"):
+        expert_sets.plan(leading(LISTS), "fame", PARTS, HITS)
     alone, _ = expert_sets.plan(leading({}), METHOD, PARTS, HITS, seeds=2)
     assert [(one.size, one.control, one.seed) for one in alone] == [
         (n, "random", k) for n in (1, 5, 10) for k in (0, 1)

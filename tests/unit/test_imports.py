@@ -65,9 +65,10 @@ ORDER = """
     steps layout catalog hub cataloguing manifests audit store fused loading checkpoints
     scratch norms patching decomposition routing precision timing unembedding moments lpi local_norm readout clean
     memory models scores attribution masking pretraining
-    neuron_sets selection expert_sets interventions replay passes ablation faithfulness expert_ablation coupling experiments
+    neuron_sets selection interventions replay passes ablation faithfulness
+    expert_importance expert_sets expert_ablation coupling experiments
     sample overview dynamics prompt_dynamics layer_dynamics robustness sparsity published
-    efficiency expert_importance neuron_types association collaboration causality collaboration_published
+    efficiency neuron_types association collaboration causality collaboration_published
     drawing plots dynamics_plots ablation_plots comparison_plots marks collaboration_plots leading_plots coupling_plots
     report dynamics_report collaboration_report plan costs estimate
 """.split()  # noqa: SIM905 (one line a layer is easier to read)

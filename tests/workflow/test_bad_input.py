@@ -69,6 +69,22 @@ MISTAKES = {
         top(dynamics={"pairs": [{"moe": "dense", "dense": "dense"}]}),
         ["dynamics.pairs[0].moe", "dense has no experts", "name another"],
     ),
+    "study without its tables": (
+        top(studies=["collaboration"], attribution={"uncertainty": "none"}),
+        ["studies: collaboration needs", "set attribution.uncertainty to groups"],
+    ),
+    "more experts than a token is routed to": (
+        top(studies=["collaboration"], collaboration={"budgets": {"top_n": [1, 3]}}),
+        ["collaboration.budgets.top_n", "3 is above the 2 experts that moe routes", "ask for no more"],
+    ),
+    "head and expert of a pair the wrong way round": (
+        top(collaboration={"pairs": [{"series": "moe", "head": [1, 0], "expert": [0, 3]}]}),
+        ["collaboration.pairs[0]", "head 0 of layer 1 lies after expert 3 of layer 0", "name a head of layer 0"],
+    ),
+    "expert that is not there": (
+        top(studies=["collaboration"], collaboration={"pairs": [{"series": "moe", "head": [0, 0], "expert": [1, 4]}]}),
+        ["collaboration.pairs[0].expert", "4 is beyond the 4 experts of moe", "count from 0"],
+    ),
     "checkpoint after the end": (
         series(training={**CONFIG["series"][0]["training"], "save_at": [0, 99]}),
         ["series[0] (moe): training.save_at", "99", "0..12"],

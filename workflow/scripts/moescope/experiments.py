@@ -122,7 +122,8 @@ def _tested(
     line on it, where routers give no shares of a probability that could be followed."""
     if run.trace.scoring is None:
         return [], ["pairs of a head and an expert: what the routers make of their logits is not known"]
-    pairs = [Tested(Pair(*pair), np.ones(len(run.prompts), dtype=bool), None) for pair in named]
+    everyone = np.ones(len(run.prompts), dtype=bool)
+    pairs = [Tested(pair, everyone, None) for pair in dict.fromkeys(Pair(*pair) for pair in named)]
     found = associations.filter(pl.col("relation").is_null(), pl.col("fold").is_not_null())
     inside = {fold: run.prompts["group"].is_in(list(groups)).to_numpy() for fold, groups in FOLDS.items()}
     rows = found.sort("fold", *Pair._fields).select(*Pair._fields, "fold").iter_rows()

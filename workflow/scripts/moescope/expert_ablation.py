@@ -101,8 +101,10 @@ class Budget(NamedTuple):
 def budgets(asked: Mapping[str, Sequence[int] | str], weights: Sequence[str], slots: int, shared: bool) -> list[Budget]:
     """All that are asked for of a model with so many slots; ``asked``: sizes by mode, or ``all``.
 
-    Raises InterventionError where a size is more than the slots, or a rank is none.
+    Raises InterventionError where a size is more than the slots, a rank is none, or a mode is not known.
     """
+    if unknown := [mode for mode in asked if mode not in MODES]:
+        raise InterventionError(f"{unknown[0]}: budgets are {', '.join(MODES)}")
     found = []
     for mode, sizes in asked.items():
         least = 0 if mode == "top_n" else 1

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from moescope.selection import FOLDS, nearest
+from moescope.expert_importance import METHODS
+from moescope.selection import FOLDS, SelectionError, nearest
 
 logger = logging.getLogger(__name__)
 
@@ -65,13 +66,17 @@ def plan(
 
     ``importance``: table ``expert_importance``; ``method``: whose leading experts; ``hits``: by layer that routes,
     [parts, E], how many slots of all positions of the prompts of a part go to an expert. ``seeds``: controls of each
-    kind. A relation with fewer leading experts than a size has all of them blocked. Depends on ``seed`` alone.
+    kind. A relation with fewer leading experts than a size has all of them blocked; one without any on a fold is not
+    cross-fitted at all. Random sets depend on ``seed`` alone. Raises SelectionError where there is no such method.
     """
+    if method not in METHODS:
+        raise SelectionError(f"{method}: experts lead by {', '.join(METHODS)}; name one of them")
     leading = _leading(importance.filter(pl.col("method") == method))
-    found, left_out = [], []
+    halved = sorted({part[0] for part in parts if part not in leading})
+    found, left_out = [], [f"{name}, cross-fitted blocking: no expert leads on one of the folds" for name in halved]
     for size in SIZES:
         inside = {part: chosen[:size] for part in parts if (chosen := leading.get((part[0], None)))}
-        crossed = {part: chosen[:size] for part in parts if (chosen := leading.get(part))}
+        crossed = {part: chosen[:size] for part in parts if part[0] not in halved and (chosen := leading.get(part))}
         found += [Blocked(size, "none", False, None, inside), Blocked(size, "none", True, None, crossed)]
         found += (
             Blocked(size, "random", False, k, dict.fromkeys(parts, _random(hits, size, seed, k))) for k in range(seeds)
