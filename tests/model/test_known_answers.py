@@ -44,9 +44,10 @@ def intervene(known, importance, associations, /, **asked):
     return experiments.intervene(known.model, known.tokenizer, known.prompts, importance, associations, asked)
 
 
-def causal(known, found):
+def causal(known, found, associations):
     """The table ``causality``."""
-    return causality.causality(None, found["expert_interventions"], found["gates"], found["gradients"], known.prompts)
+    read = found["expert_interventions"], found["gates"], found["gradients"], associations
+    return causality.causality(None, *read, known.prompts)
 
 
 @pytest.fixture(scope="module", params=PLACES, ids=["one", "another"])
@@ -227,8 +228,9 @@ def test_the_heads_that_lead_routers_are_associated_with_their_experts(case):
 
 def test_the_heads_that_lead_routers_are_causal(case):
     """Found on one fold, tested on the other, where two thirds of the prompts need neither the head nor the expert."""
-    places, known, _, found = case
-    summary = causal(known, found)
+    places, known, (_, _, associations), found = case
+    summary = causal(known, found, associations)
+    assert set(summary["sign"].drop_nulls()) == {"+"}
     for pair in (places.capital, places.speech):
         for fold in (0, 1):
             rows = summary.filter(pl.col("fold") == fold, *(pl.col(k) == v for k, v in pair._asdict().items()))
@@ -254,7 +256,7 @@ def test_the_heads_that_lead_routers_are_causal(case):
             if pair.head_layer == 0:  # its own router reads nothing that the head writes
                 assert abs(of["gate_drop", 0][0]) < 0.02
             assert of["gate_drop", 1][0] > 5 * abs(of["gate_drop", 1][1])
-    mean = summary.filter(pl.col("head").is_null(), quantity="expert_gate_drop")
+    mean = summary.filter(pl.col("head").is_null(), pl.col("sign").is_null(), quantity="expert_gate_drop")
     assert mean["value"].item() > 0.9
     assert mean["prompts"].item() == len(known.prompts)
 
@@ -268,7 +270,9 @@ def test_what_only_correlates_is_not_causal(case):
     of_head, of_expert = pair._replace(head=still), pair._replace(expert=other)
     asked = {"pairs": [of_head, of_expert], "seeds": 3, "semantics": [], "budgets": {"top_n": [0]}}
     found = intervene(known, importance, associations.clear(), **asked)
-    summary = causal(known, found).filter(pl.col("fold").is_null(), pl.col("gate_layer").is_null())
+    summary = causal(known, found, associations.clear()).filter(
+        pl.col("fold").is_null(), pl.col("gate_layer").is_null()
+    )
     values = {
         (head, expert, q): v for head, expert, q, v in summary.select("head", "expert", "quantity", "value").rows()
     }
@@ -301,7 +305,7 @@ def test_a_named_pair_in_its_own_relation(case, relation):
     for expert in range(handmade.EXPERTS):
         gone = lost(answered(found, experiment="forcing", expert=expert))
         assert gone == (set() if expert == pair.expert else {relation})
-    summary = causal(own, found).filter(pl.col("head") == pair.head)
+    summary = causal(own, found, associations.clear()).filter(pl.col("head") == pair.head)
     of = {
         (q, layer): one for q, layer, *one in summary.select("quantity", "gate_layer", "value", "control_value").rows()
     }
@@ -366,7 +370,7 @@ def alike():
             driven = handmade.exchangeable(sample, driving=True)
             _, importance, pairs = scored(driven, strongest=1, permutations=1)
             driving = intervene(driven, importance, pairs, semantics=[], gradient_steps=16, **quick)
-            for tables_of, one in zip(found, (blocked, associations, causal(driven, driving)), strict=True):
+            for tables_of, one in zip(found, (blocked, associations, causal(driven, driving, pairs)), strict=True):
                 tables_of.append(one.with_columns(sample=pl.lit(sample)))
     return tuple(map(pl.concat, found))
 
@@ -424,7 +428,8 @@ def test_a_head_among_equals_does_no_more_than_the_others(alike, quantity):
     """All heads drive all experts, and all alike: the pair that is strongest on one fold is a head and an expert like
     any other on the next, with 1 / heads of the gradient."""
     _, _, driven = alike
-    rows = driven.filter(pl.col("head").is_null(), pl.col("gate_layer").is_null(), quantity=quantity)
+    pooled = (pl.col(name).is_null() for name in ("head", "sign", "gate_layer"))
+    rows = driven.filter(*pooled, quantity=quantity)
     assert excluded(rows) <= MOST_INTERVALS
     assert abs(standard_score(rows["excess_value"])) < 3.5
     if quantity == "gate_drop":

@@ -171,7 +171,7 @@ def test_relative_drops_need_a_clean_hit_rate_of_a_tenth():
     assert cell(table, scope="relation", name="a", metric="mrr")["drop_value"] is None
     assert cell(table, scope="relation", name="b", metric="mrr")["drop_value"] is not None
     assert cell(table, scope="relation", name="a", metric="log_prob")["drop_value"] is not None
-    table = blocked(clean([30] * 8), block(AFTER), *(block(CLEAN, "random", seed=s) for s in range(19)))
+    table = blocked(clean([30] * 8), block(AFTER), *(block([40 + s] * 8, "random", seed=s) for s in range(19)))
     gone = cell(table, control="random")
     assert [gone[name] for name in ("value", "low", "excess_value", "spread", "p")] == [None] * 5
     assert cell(table, control="random", metric="log_prob")["p"] is not None
@@ -216,21 +216,27 @@ def test_controls_and_excess_hold_subjects_and_seeds(control, average, metric, o
     each = [drawn_drop(of(ranks), of, average) for ranks in SEEDS]
     mean, selection = np.mean(each, axis=0), drawn_drop(of(AFTER), of, average)
     spread = np.std([one[0] for one in each], ddof=1)
-    reach = t.ppf(0.975, 2) * spread / math.sqrt(3)
+    reach, of_one = (t.ppf(0.975, 2) * spread * math.sqrt(1 / 3 + more) for more in (0, 1))
     assert found["value"] == pytest.approx(mean[0])
     assert found["spread"] == pytest.approx(spread)
     assert [found["low"], found["high"]] == pytest.approx(ends(mean, reach))
     assert found["excess_value"] == pytest.approx(selection[0] - mean[0])
-    assert [found["excess_low"], found["excess_high"]] == pytest.approx(ends(selection - mean, reach))
+    assert [found["excess_low"], found["excess_high"]] == pytest.approx(ends(selection - mean, of_one))
     after = np.mean([drawn_means(of(ranks), average=average)[0] for ranks in SEEDS])
     assert found["blocked"] == pytest.approx(after)
 
 
-def test_excess_over_a_control_that_does_the_same_is_zero_without_width():
-    table = blocked(clean(), block(AFTER), *(block(AFTER, "matched", seed=s) for s in range(4)))
+def test_seeds_that_ran_the_same_count_once():
+    """Of the experts of a layer few are as often chosen: nineteen draws of two are two. What changes nothing counts."""
+    pair = AFTER, [50] * 8
+    table = blocked(clean(), block(AFTER), *(block(pair[s % 2], "matched", seed=s) for s in range(19)))
     found = cell(table, control="matched")
-    assert (found["excess_value"], found["excess_low"], found["excess_high"]) == (0, 0, 0)
-    assert found["low"] < found["high"]
+    assert (found["seeds"], found["p"]) == (2, None)
+    assert found["excess_high"] - found["excess_value"] > t.ppf(0.975, 1) * found["spread"]
+    same, idle = ([block(ranks, "matched", seed=s) for s in range(4)] for ranks in (AFTER, CLEAN))
+    alone, idle = (cell(blocked(clean(), block(AFTER), *runs), control="matched") for runs in (same, idle))
+    assert (alone["seeds"], alone["excess_value"], alone["excess_low"], alone["low"]) == (1, 0, None, None)
+    assert (idle["seeds"], idle["spread"], idle["low"], idle["high"]) == (4, 0, 0, 0)
 
 
 def test_one_seed_has_no_interval_and_no_selection_no_excess():
@@ -246,7 +252,7 @@ def test_one_seed_has_no_interval_and_no_selection_no_excess():
 @pytest.mark.parametrize("control", ["matched", "random"])
 def test_p_counts_the_seeds_that_do_as_much(control, seeds, p):
     """The selection loses 3 of 6 hits, as do seeds 0 and 1; seed 2 loses all, the others none."""
-    ranks = {0: AFTER, 1: AFTER, 2: [50] * 8}
+    ranks = {0: AFTER, 1: [rank + (rank > 10) for rank in AFTER], 2: [50] * 8}  # no two alike
     controls = [block(ranks.get(s, CLEAN), control, seed=s) for s in range(seeds)]
     table = blocked(clean(), block([99] * 8, crossfit=False), block(AFTER), *controls)
     assert cell(table, control=control)["p"] == (None if p is None else pytest.approx(p))

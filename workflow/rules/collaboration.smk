@@ -103,7 +103,7 @@ def experts_cfg(wildcards):
 def together_cfg():
     """What the comparison of series is told: their checkpoints in the order of the files, and their repositories."""
     checkpoints = [name for name, steps in PLAN.collaboration.items() for _ in steps]
-    told = {key: ASKED[key] for key in ("association", "permutations")}
+    told = {key: ASKED[key] for key in ("association", "importance", "permutations")}
     return {"checkpoints": checkpoints, "repos": published_repos(), **told, "seed": PLAN.facts.seed}
 
 
@@ -264,10 +264,9 @@ rule collaboration_gains:
 
 rule collaboration_experts:
     input:
-        **{table: of_checkpoints(f"{table}.parquet") for table in INTERVENED},
+        **{table: of_checkpoints(f"{table}.parquet") for table in FOUND + INTERVENED},
         manifest=of_checkpoints("manifest.json"),
         routing=of_checkpoints("routing.parquet"),
-        expert_importance=of_checkpoints("expert_importance.parquet"),
         prompts="results/prompts.parquet",
     output:
         **{table: f"results/collaboration/{{series}}/{table}.parquet" for table in EXPERTS},

@@ -9,7 +9,7 @@ from moescope import causality, collaboration, collaboration_published, expert_i
 from moescope.job import job
 
 PUBLISHED = Path(__file__).parents[2] / "resources" / "published" / "top_experts.csv"
-READ = ("expert_interventions", "gates", "gradients", "expert_importance", "routing")
+READ = ("expert_interventions", "gates", "gradients", "associations", "expert_importance", "routing")
 
 with job(snakemake):
     cfg, prompts, found = snakemake.params.cfg, tables.read(snakemake.input.prompts), []
@@ -17,13 +17,13 @@ with job(snakemake):
     published = expert_importance.read_published(PUBLISHED).filter(pl.col("model") == pl.lit(model, pl.String))
     for manifest, *paths in zip(snakemake.input.manifest, *(snakemake.input[name] for name in READ), strict=True):
         step = json.loads(Path(manifest).read_text())["step"]
-        ran, gates, gradients, listed, routing = map(tables.read, paths)
+        ran, gates, gradients, associations, listed, routing = map(tables.read, paths)
         experts = expert_importance.experts_of(routing)
         found.append(
             {
                 "budgets": collaboration.budgets(step, ran, prompts, cfg["seed"]),
                 "blocking": collaboration.blocking(step, ran, prompts, cfg["seed"]),
-                "causality": causality.causality(step, ran, gates, gradients, prompts, cfg["seed"]),
+                "causality": causality.causality(step, ran, gates, gradients, associations, prompts, cfg["seed"]),
                 "expert_overlap": expert_importance.expert_overlap(listed, published, experts, step),
             }
         )

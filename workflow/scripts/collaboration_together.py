@@ -5,7 +5,7 @@ from pathlib import Path
 
 import polars as pl
 
-from moescope import collaboration_published, efficiency, published, tables
+from moescope import collaboration_published, efficiency, expert_importance, published, tables
 from moescope.job import job
 
 PUBLISHED = Path(__file__).parents[2] / "resources" / "published" / "figures.csv"
@@ -25,7 +25,8 @@ with job(snakemake):
     tables.write(accuracy, snakemake.output.relation_accuracy)
 
     ours = {series: {} for series in cfg["repos"]}
-    for name in ("gains", "budgets", "blocking", "causality", "neuron_types"):
+    comparable = cfg["importance"] == expert_importance.METHODS[0]  # else the paper's blocked experts are others
+    for name in ("gains", "budgets", *(["blocking"] if comparable else []), "causality", "neuron_types"):
         for path in snakemake.input[name]:
             ours[Path(path).parent.name][name] = tables.read(path)
     for heads, routing in zip(snakemake.input.heads, snakemake.input.routing, strict=True):

@@ -115,11 +115,13 @@ def blocking(step: int | None, interventions: pl.DataFrame, prompts: pl.DataFram
     each prompt once. A control is averaged over its n seeds; ``spread`` is the standard deviation of ``value`` between
     them, and its interval adds t(n - 1) spread / sqrt(n) to the distances of the subject bootstrap, in quadrature on
     each side (one seed: no interval). ``excess`` is the drop of the cross-fitted selection minus that of the control,
-    on the same prompts and draws, its interval with the seeds' part; ``p`` (from 19 seeds on) is (1 + the seeds whose
-    drop is at least that selection's) / (1 + n). Both are null of a selection, and where the scope has no cross-fitted
-    one. ``seeds`` is 0 for a selection. What was not to be had for a relation (a matched control: for one of its folds)
-    has neither a row of that relation nor one of scope ``all``. Raises CollaborationError where there is no clean run,
-    or where a blocking does not have each prompt of a relation once.
+    on the same prompts and draws; its interval is that of another draw of the control, t(n - 1) spread sqrt(1 + 1 / n):
+    whether the selection is one of them. ``p`` (from 19 seeds on) is (1 + the seeds whose drop is at least that
+    selection's) / (1 + n). Seeds that ran the same, because few experts are alike, count once. Excess and p are null
+    of a selection, and where the scope has no cross-fitted one. ``seeds`` is n, 0 for a selection. What was not to be
+    had for a relation (a matched control: for one of its folds) has neither a row of that relation nor one of scope
+    ``all``. Raises CollaborationError where there is no clean run, or where a blocking does not have each prompt of a
+    relation once.
     """
     known = Prompts(prompts, seed)
     clean = Clean.of(known, interventions, prompts, step)
@@ -135,11 +137,13 @@ def blocking(step: int | None, interventions: pl.DataFrame, prompts: pl.DataFram
             ahead, p = np.full_like(drop[:, i], np.nan), [None] * len(METRICS)
             seeds = np.empty((0, len(METRICS)))
             if entry.control != "none":
-                seeds = scope.drops(scope.weights @ clean.values, scope.weights @ runs[entry].values)
+                values = runs[entry].values[_apart(runs[entry].values, clean.values, scope.weights > 0)]
+                seeds = scope.drops(scope.weights @ clean.values, scope.weights @ values)
                 selection = here.get(entry._replace(control="none", crossfit=True))
                 if selection is not None:
                     ahead, p = drop[:, selection] - drop[:, i], _p(drop[0, selection], seeds)
-            value, excess = (estimates_of(*_intervals(one), seeds) for one in (drop[:, i], ahead))
+            value = estimates_of(*_intervals(drop[:, i]), seeds)
+            excess = estimates_of(*_intervals(ahead), seeds, one_more=True)
             for m, metric in enumerate(METRICS):
                 numbers = before[m], after[i, m], *value[m, :3], *excess[m, :3], value[m, 3]
                 numbers = (*map(tables.number, numbers), p[m], scope.prompts, len(seeds))
@@ -217,6 +221,15 @@ def _intervals(draws: np.ndarray) -> np.ndarray:
     """Value, low and high, [3, ...], of what is given in the sample (row 0) and in every draw, [1 + draws, ...]."""
     ends = percentiles(draws[1:].reshape(len(draws) - 1, -1))
     return np.stack([draws[0], *(end.reshape(draws.shape[1:]) for end in ends)])
+
+
+def _apart(values: np.ndarray, clean: np.ndarray, inside: np.ndarray) -> np.ndarray:
+    """Which seeds of a control, values [seeds, prompts, metrics], are draws of their own: the first of those that ran
+    the same inside a scope, and all that changed nothing there."""
+    runs = values[:, inside].reshape(len(values), -1)
+    _, first = np.unique(runs, axis=0, return_index=True)
+    idle = np.flatnonzero((runs == clean[inside].ravel()).all(axis=1))
+    return np.union1d(first, idle)
 
 
 def _p(selection: np.ndarray, seeds: np.ndarray) -> list[float | None]:

@@ -80,8 +80,9 @@ CAVEATS = (
     "minus log p at the embedding. Gain per layer is largely accounting too: fewer layers, more gain in each.",
     "Experts that are chosen and blocked on the same prompts look more important than they are (in-sample, as in the "
     "paper). The cross-fitted numbers choose them on the subjects of one fold and block them on the other.",
-    "What is lost without the leading experts counts beyond what is lost without others of the same layers that do as "
-    "much (matched control); an expert that is used often is missed whatever it knows.",
+    "What is lost without the leading experts counts beyond what is lost without others of the same layers that are "
+    "chosen as often over all positions of the prompts (matched control). At the last position, where experts are "
+    "selected and the answer is read, the leading ones may be chosen far more often; how much more is said below.",
     "That a head and an expert go together is no cause. The pairs were searched for among very many, so their r is "
     "too large; that on the other fold of subjects is not.",
     "Heads are suppressed and experts forced at all positions, while integrated gradients are taken at the last one: "
@@ -225,7 +226,8 @@ def _blocking(series: Sequence[Series]) -> Table:
     columns += ["random control", "beyond matched", "lost, in-sample", "prompts"]
     note = (
         "Relative loss of MRR without the leading experts of each relation, in all layers and positions, with 95% "
-        "intervals. Matched: experts of the same layers that are used as often. In-sample is what the paper did."
+        "intervals. Matched: experts of the same layers, chosen as often over all positions. In-sample is what the "
+        "paper did. Excess: beyond the control, its interval that of one more draw of the control."
     )
     return Table("Blocking the leading experts (tables 5, 8)", columns, rows, note, words=3)
 
@@ -245,7 +247,7 @@ def _experts(series: Sequence[Series], method: str) -> Table:
     else:
         note += (
             " Chance: what as many experts drawn from all layers, or from the same layers, would have in common with "
-            "the paper's list; p of as many or more."
+            "the paper's list; p of as many or more, by layers."
         )
     return Table("Leading experts by relation (tables 5, 8)", columns, rows, note, words=3)
 

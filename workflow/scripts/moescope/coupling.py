@@ -130,7 +130,7 @@ def _gates(passes: Passes, clean: Mapping[int, Routing], routers: Mapping[int, T
     """What the routers gave, clean and without a head, to the experts that they had chosen, and to that of the pair."""
     scoring, device = SCORINGS[passes.clean.trace.scoring], passes.clean.decomposition.device
     some = torch.from_numpy(np.flatnonzero(one.prompts)).to(device)
-    last, ids = _last_prefixes(passes)[some], passes.clean.prompts["prompt_id"].gather(some.cpu().numpy())
+    last, ids = passes.last[some], passes.clean.prompts["prompt_id"].gather(some.cpu().numpy())
     parts = []
     for layer in sorted(routers):
         before, after = scoring(clean[layer].router[last].float()), scoring(routers[layer][some])
@@ -145,14 +145,6 @@ def _gates(passes: Passes, clean: Mapping[int, Routing], routers: Mapping[int, T
             for expert, with_head, without in pairs
         )
     return pl.concat(parts)
-
-
-def _last_prefixes(passes: Passes) -> Tensor:
-    """The prefix that each prompt is: [P]."""
-    last = torch.zeros(len(passes.labels), dtype=torch.long, device=passes.label.device)
-    for group in passes.groups:
-        last[group.rows] = group.prefixes[:, -1]
-    return last
 
 
 def _forced(passes: Passes, layer: int, expert: int, weight: Tensor) -> During:

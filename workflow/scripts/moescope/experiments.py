@@ -96,22 +96,25 @@ def intervene_run(
         error = again.error()
         expert_ablation.add_budgets(found, again, budgets, progress)
         hits = expert_ablation.hits(again, clean, times)
+        last = expert_ablation.hits(again, clean, torch.bincount(again.last, minlength=len(times)))
         plan, missing = expert_sets.plan(importance, asked.importance, parts, hits, asked.seeds, asked.seed)
         blocked = expert_ablation.add_blocking(found, again, plan, parts, asked.semantics, asked.importance, progress)
         gates = coupling.suppress_and_force(found, again, clean, pairs, asked.seeds, asked.seed, progress)
+    ratios = (expert_sets.hits_ratio(plan, parts, of) for of in (hits, last))
     gradients = coupling.integrated_gradients(run, pairs, asked.gradient_steps, progress)
     report = {
-        "notes": [*left_out, *missing, *blocked, *_on_controls(expert_sets.hits_ratio(plan, parts, hits))],
+        "notes": [*left_out, *missing, *blocked, *_on_controls(*ratios)],
         "replay_error": error,
         "intervention_seconds": time.perf_counter() - start,
     }
     return {"expert_interventions": found.table(), "gates": gates, "gradients": gradients}, report
 
 
-def _on_controls(ratios: Mapping[int, float]) -> list[str]:
+def _on_controls(everywhere: Mapping[int, float], last: Mapping[int, float]) -> list[str]:
     return [
-        f"the leading {size} experts that are blocked are chosen {ratio:.2f} times as often as their matched controls"
-        for size, ratio in ratios.items()
+        f"blocked top {size}: chosen {ratio:.2f} times as often as the matched controls over all positions of prompts, "
+        + (f"{last[size]:.2f} times at the last one" if size in last else "which are never chosen at the last one")
+        for size, ratio in everywhere.items()
     ]
 
 

@@ -22,7 +22,7 @@ from moescope.neuron_sets import expected_overlap, positive
 from moescope.selection import FOLDS
 from moescope.steps import step_name
 
-#: The first is the default.
+#: The first is the default, and the likely one of the paper.
 METHODS = ("top_neuron_frequency", "top_neuron_count", "routing_frequency", "mean_weight", "summed_lpi")
 #: FFN neurons of a prompt, by signed LPI, whose owners the first two methods count.
 TOP_NEURONS = 100
@@ -162,8 +162,8 @@ def expert_overlap(
     method (``other`` is then ``published``). ``routed`` is the number of experts by routing layer. A list counts each
     expert once, also where it repeats one. ``chance``: what random lists of these sizes have in common on average,
     size x other_size / N of all N experts; ``chance_given_layers``: the same where each layer keeps its number of
-    members, sum a_l b_l / E_l; ``p``: the probability that lists drawn at random from all experts have so many in
-    common, or more. Raises ImportanceError where a list names an expert that the model does not have.
+    members, sum a_l b_l / E_l; ``p``: the probability that lists drawn so, layer by layer, have so many in common, or
+    more. Raises ImportanceError where a list names an expert that the model does not have.
     """
     sizes = np.array([routed[layer] for layer in sorted(routed)], dtype=np.int64)
     layers = np.repeat(np.arange(len(sizes)), sizes)
@@ -182,9 +182,18 @@ def expert_overlap(
             common = len(np.intersect1d(a, b))
             chance = len(a) * len(b) / len(number)
             given_layers, _ = expected_overlap(a, b, layers, sizes)
-            p = float(hypergeom.sf(common - 1, len(number), len(a), len(b)))
+            p = _p_given_layers(common, *(np.bincount(layers[one], minlength=len(sizes)) for one in (a, b)), sizes)
             rows.append((step, relation, method, other, len(a), len(b), common, chance, given_layers, p))
     return tables.of_rows(rows, "expert_overlap")
+
+
+def _p_given_layers(common: int, a: np.ndarray, b: np.ndarray, sizes: np.ndarray) -> float:
+    """The probability that random members, a_l and b_l of the E_l experts of each layer, have ``common`` ones or more:
+    the sum of independent hypergeometric numbers."""
+    total = np.ones(1)
+    for one, other, size in zip(a, b, sizes, strict=True):
+        total = np.convolve(total, hypergeom.pmf(np.arange(min(one, other) + 1), size, one, other))
+    return float(min(1.0, total[common:].sum()))
 
 
 def _lists(frame: pl.DataFrame, name: str) -> dict[str, dict[str, set[tuple[int, int]]]]:

@@ -2,7 +2,8 @@
 
 The leading experts of a relation (``expert_importance``) are blocked in its own prompts: those found on all of them
 (optimistic, as published), and, fold by fold, those found on the other fold. Random controls are of equal size, the
-same for all relations. Matched controls are of equal size and layer, and nearest in how often they are chosen.
+same for all relations. Matched controls are of equal size and layer, and nearest in how often they are chosen over all
+positions of the prompts.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def plan(
         crossed = {part: chosen[:size] for part in parts if part[0] not in halved and (chosen := leading.get(part))}
         found += [Blocked(size, "none", False, None, inside), Blocked(size, "none", True, None, crossed)]
         found += (
-            Blocked(size, "random", False, k, dict.fromkeys(parts, _random(hits, size, seed, k))) for k in range(seeds)
+            Blocked(size, "random", False, k, _of_sizes(_random(hits, size, seed, k), inside, parts))
+            for k in range(seeds)
         )
         matched, missing = _all_matched(crossed, list(parts), hits, seeds, seed)
         found += (Blocked(size, "matched", True, k, sets) for k, sets in enumerate(matched))
@@ -93,10 +95,18 @@ def _leading(importance: pl.DataFrame) -> dict[tuple[str, int | None], tuple[Exp
     return {(name, fold): tuple(zip(*pairs, strict=True)) for name, fold, *pairs in groups.rows()}
 
 
+def _of_sizes(
+    drawn: Sequence[Expert], inside: Mapping[Part, Sequence[Expert]], parts: Sequence[Part]
+) -> dict[Part, tuple[Expert, ...]]:
+    """The first of the experts drawn, as many as are blocked in a part (all, where none leads there)."""
+    return {part: tuple(drawn[: len(inside.get(part, drawn))]) for part in parts}
+
+
 def _random(hits: Mapping[int, np.ndarray], size: int, seed: int, number: int) -> tuple[Expert, ...]:
+    """Experts in the order in which they are drawn."""
     everyone = [(layer, expert) for layer in sorted(hits) for expert in range(hits[layer].shape[1])]
     chosen = np.random.default_rng([seed, size, number]).choice(len(everyone), min(size, len(everyone)), replace=False)
-    return tuple(everyone[i] for i in sorted(chosen))
+    return tuple(everyone[i] for i in chosen)
 
 
 def _all_matched(

@@ -160,7 +160,7 @@ def _shares_of(axes: Axes, rows: pl.DataFrame, tops: Sequence[int], kind: str, a
         spots(axes, of_ranking, np.array(places), _kind_mark(kind, hollow), upright=True)
     for column, (told, dash) in CHANCES.items():
         look = {"color": KINDS[kind], "linestyle": dash, "linewidth": 0.9, "zorder": 0}
-        axes.axhline(rows[column][0], label=f"{kind}: share among {told}", **look)
+        axes.axhline(rows[column].drop_nulls()[0], label=f"{kind}: share among {told}", **look)
 
 
 def _shares_by(axes: Axes, rows: pl.DataFrame, relations: Sequence[str], kind: str, aside: float) -> None:

@@ -2,7 +2,7 @@
 
 Tables of one checkpoint of a model with shared experts in, tables out. A kind's share is told beside what chance gives
 it: shared neurons are few of all, but many of those active in a prompt. Overlaps stand beside those of random sets of
-the same sizes, drawn from what was active.
+the same sizes, drawn from what could be in them.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def neuron_types(
     bootstrap interval over subjects; ``aggregate``, the n with the largest mean LPI over the prompts (no interval).
     Where fewer than n are active, all of them. Of all prompts and of each relation. ``chance_active`` is the share of
     the kind among the active FFN neurons of a prompt, averaged over the scope's prompts; ``chance_all`` that among all.
+    Both are null of ``aggregate``, where chance is neither: a mean over prompts favours what is active in all of them.
     Raises NeuronTypesError where the model has no shared neurons or tables do not fit together.
     """
     neurons = _sorted(ffn_neurons, step)
@@ -75,7 +76,7 @@ def neuron_types(
                 chances = found[f"active {kind}"][0], number[kind] / len(neurons)
                 rows.append((step, top, "per_prompt", scope, name, kind, *found[f"{top} {kind}"], *chances))
                 share = (leaders == kind).mean()
-                rows.append((step, top, "aggregate", scope, name, kind, share, None, None, *chances))
+                rows.append((step, top, "aggregate", scope, name, kind, share, None, None, None, None))
     return tables.of_rows(rows, "neuron_types")
 
 

@@ -78,6 +78,14 @@ class Passes:
             self.label[group.prefixes] = of_prompt[group.rows][:, None].expand_as(group.prefixes)
         self.layer, self.before = 0, LayerTrace()
 
+    @property
+    def last(self) -> Tensor:
+        """The prefix that each prompt is: [P]."""
+        found = torch.zeros(len(self.labels), dtype=torch.long, device=self.label.device)
+        for group in self.groups:
+            found[group.rows] = group.prefixes[:, -1]
+        return found
+
     def start_at(self, layer: int, neurons: bool = False) -> None:
         """Go on to a later layer: one clean pass in all, whatever the number of stops; or begin anew at an earlier one.
         ``neurons``: what those of the feed-forward part before did is recorded too."""

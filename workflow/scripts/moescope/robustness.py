@@ -208,16 +208,19 @@ def _results(known: Prompts, clean: _Clean, tested: Mapping[Entry, _Tested]) -> 
                 yield _Result(entry, scoped, drop[:, i], seeds, estimates, removed, p, sums.prompts(members))
 
 
-def estimates_of(value: np.ndarray, low: np.ndarray, high: np.ndarray, seeds: np.ndarray) -> np.ndarray:
+def estimates_of(
+    value: np.ndarray, low: np.ndarray, high: np.ndarray, seeds: np.ndarray, one_more: bool = False
+) -> np.ndarray:
     """Value, low, high and spread, [metrics, 4], of a result and those of its ``seeds`` [n, metrics] (selection: none).
 
     Subjects and draws of a control are independent, so that the distances which either gives to an end add in
-    quadrature.
+    quadrature: t(n - 1) spread sqrt(1 / n), for the mean over all draws of the control; for ``one_more``, what is held
+    against the control as if it were another draw of it, t(n - 1) spread sqrt(1 / n + 1).
     """
     n, spread = len(seeds), np.full_like(value, np.nan)
     if n > 0:
         spread = seeds.std(axis=0, ddof=1) if n > 1 else spread
-        reach = stdtrit(max(n - 1, 1), 0.5 + LEVEL / 2) * spread / np.sqrt(n)
+        reach = stdtrit(max(n - 1, 1), 0.5 + LEVEL / 2) * spread * np.sqrt(1 / n + one_more)
         low, high = value - np.hypot(value - low, reach), value + np.hypot(high - value, reach)
     return np.stack([value, low, high, spread], axis=1)
 

@@ -410,12 +410,14 @@ SCHEMAS: dict[str, Schema] = {
         key=("step", "relation", "method", "other"),
         nullable=frozenset({"step"}),
     ),
-    # of every pair (null: all pairs) what its head does to its expert, beside the control; gate_layer: of later routers
+    # of every pair (null: all pairs, or those of a sign) what its head does to its expert, beside the control; sign: of
+    # r where the pair was found; gate_layer: of later routers
     "causality": Schema(
         {
             "step": COUNT,
             **_PAIR,
             "fold": ID,
+            "sign": TEXT,
             "quantity": TEXT,
             "gate_layer": ID,
             **_INTERVAL,
@@ -423,9 +425,9 @@ SCHEMAS: dict[str, Schema] = {
             **{f"excess_{end}": pl.Float64 for end in _INTERVAL},
             "prompts": COUNT,
         },
-        key=("step", *_PAIR, "fold", "quantity", "gate_layer"),
+        key=("step", *_PAIR, "fold", "sign", "quantity", "gate_layer"),
         nullable=_NO_INTERVAL
-        | {"step", *_PAIR, "fold", "gate_layer"}
+        | {"step", *_PAIR, "fold", "sign", "gate_layer"}
         | {f"{one}_{end}" for one in ("control", "excess") for end in _INTERVAL},
     ),
     # share of a kind among the leading neurons; chance_active: among those active, chance_all: among all
@@ -438,7 +440,7 @@ SCHEMAS: dict[str, Schema] = {
             **dict.fromkeys(("chance_active", "chance_all"), pl.Float64),
         },
         key=("step", "top", "ranking", "scope", "name", "kind"),
-        nullable=_NO_INTERVAL | {"step", "name"},
+        nullable=_NO_INTERVAL | {"step", "name", "chance_active", "chance_all"},
     ),
     "shared_neurons": Schema(
         {
