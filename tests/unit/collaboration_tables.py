@@ -134,13 +134,28 @@ EFFECTS = {"gate_drop": 0.3, "expert_gate_drop": 0.5, "mrr_drop": 0.25, "forced_
 EFFECTS |= {"gradient_share": 0.28, "gradient_share_with_rest": 0.11, "gradient_gap": 0.002}
 
 
-def causality_table(pairs=20, groups=True, controls=True, named=False):
+def causality_table(pairs=20, groups=True, controls=True, named=False, both=True):
+    """``both``: every third pair is of negative sign; else all are positive, named ones of no sign."""
     random, rows = np.random.default_rng(7), []
-    chosen = [(3, i % 10, 12 + i % 9, 7 * (i % 10), None if named else i // 10) for i in range(pairs)]
-    names = ("head_layer", "head", "layer", "expert", "fold")
-    for pair, (quantity, level) in itertools.product((*chosen, (None,) * 5), EFFECTS.items()):
+    chosen = [
+        (
+            3,
+            i % 10,
+            12 + i % 9,
+            7 * (i % 10),
+            None if named else i // 10,
+            None if named else "-+"[i % 3 > 0 or not both],
+        )
+        for i in range(pairs)
+    ]
+    names = ("head_layer", "head", "layer", "expert", "fold", "sign")
+    signs = sorted({pair[5] for pair in chosen} - {None})
+    pools = [(*(None,) * 5, sign) for sign in (None, *signs)]
+    for pair, (quantity, level) in itertools.product((*chosen, *pools), EFFECTS.items()):
         for gate_layer in (None, 12, 13) if quantity == "gate_drop" and pair[0] is not None else (None,):
             value = level * random.uniform(0.3, 1.5)
+            if quantity == "expert_gate_drop" and pair[5] == "-":
+                value = -value
             row = {"step": None, **dict(zip(names, pair, strict=True)), "quantity": quantity, "gate_layer": gate_layer}
             row |= {**interval(value, random, groups), "prompts": 453}
             if quantity.startswith("gradient_share"):

@@ -78,6 +78,7 @@ FIGURES = {
     "association, twenty": lambda: (associations_table(pairs=20), "qwen"),
     "association, one relation": lambda: (associations_table(ONE, 2, folds=False), LONG),
     "causality": lambda: (causality_table(), "qwen"),
+    "causality, one sign": lambda: (causality_table(2, both=False), "tiny"),
     "causality, one subject": lambda: (causality_table(1, groups=False, controls=False, named=True), LONG),
     "neuron_types": lambda: (neuron_types_table(), "qwen"),
     "neuron_types, three kinds": lambda: (neuron_types_table(ONE, ("dense", "routed", "shared"), groups=False), LONG),
@@ -445,25 +446,34 @@ def test_the_three_strongest_of_every_relation(drawn):
 
 def test_causality_beside_its_controls(drawn):
     table = causality_table().filter(pl.col("gate_layer").is_null())
-    pair = ("head_layer", "head", "layer", "expert", "fold")
+    pair = ("head_layer", "head", "layer", "expert", "fold", "sign")
     for name, (title, *_) in coupling_plots.EFFECTS.items():
         axes = panel(drawn("causality"), title)
         rows = table.filter(quantity=name).sort(pair, nulls_last=False)
         assert values(spots(axes, "the pair")) == rows["value"].to_list()
         assert intervals(axes, drawing.VERMILLION) == rows.select("low", "high").rows()
         if name == "gradient_share":
-            assert ticks(axes, "chance (1 / heads of the layer)") == [1 / 16] * 21
+            assert ticks(axes, "chance (1 / heads of the layer)") == [1 / 16] * 23
             assert not spots(axes, "control")
         else:
             assert values(spots(axes, "control")) == rows["control_value"].to_list()
             assert intervals(axes, drawing.BLUE) == rows.select("control_low", "control_high").rows()
     labels = heights(panels(drawn("causality"))[0])
-    assert list(labels)[:3] == ["all pairs", "H3.0 > E12.0 · 0", "H3.0 > E13.0 · 1"]
+    assert list(labels)[:4] == ["all pairs", "r > 0", "r < 0", "H3.0 > E12.0 (-) · 0"]
+    assert list(labels)[4:6] == ["H3.0 > E13.0 · 1", "H3.1 > E13.7 · 0"]
+    assert sum("(-)" in label for label in labels) == 7
     assert "tested on this fold" in said(drawn("causality"))
+    assert "(-): r < 0" in said(drawn("causality"))
+
+
+def test_pairs_of_one_sign_are_all_pairs(drawn):
+    figure = drawn("causality, one sign")
+    assert list(heights(panels(figure)[0])) == ["all pairs", "H3.0 > E12.0 · 0", "H3.1 > E13.7 · 0"]
+    assert "(-)" not in said(figure)
 
 
 def test_forcing_stands_beside_no_forcing(drawn):
-    rows = causality_table().filter(quantity="mrr_drop").sort("head", "layer", "fold", nulls_last=False)
+    rows = causality_table().filter(quantity="mrr_drop").sort("head", "layer", "fold", "sign", nulls_last=False)
     found = spots(panel(drawn("causality"), "Expert forced"), "the pair, its expert not forced")
     assert values(found) == pytest.approx([1 - drop for drop in rows["value"]])
 
@@ -528,7 +538,7 @@ CAVEATS = {
     "blocking": ("optimistic", "Matched", "not corrected for the number of cells"),
     "expert_overlap": ("stricter chance", "does not show that the experts matter"),
     "association": ("does not say that the head steers", "not their null"),
-    "causality": ("only what lies between", "other heads"),
+    "causality": ("only what lies between", "other heads", "marked (-)", "direction of"),
     "neuron_types": ("dashed line", "Shares of neurons"),
     "neuron_overlap": ("share their template", "not to be compared"),
 }

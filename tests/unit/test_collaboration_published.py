@@ -92,6 +92,8 @@ def test_notes_on_table_1_say_where_the_paper_contradicts_itself():
     assert 1.37 <= 0.294 / 0.213 < 1.385
     assert "the paper's prose says 0.213" in notes["qwen-dense", "layer_efficiency"]
     assert "the paper's prose says 0.787" in notes["olmoe", "peak_depth"]
+    for quantity in ("peak_layer", "peak_depth"):  # the depth is made of the layer
+        assert all("layers from 0 or 1" in notes[series, quantity] for series in TABLE_1)
     assert "main is annealed" in notes["olmoe", "hit@10"]
     assert "converted copy" in notes["llama", "ffn_gain"]
     # (1.0 + .98 + .75 + 1.0 + .95 + .87 + .87 + .35 + .97 + .74 + .76 + .61) / 12
@@ -271,7 +273,7 @@ def test_numbers_read_by_eye(beside, series, quantity, condition, relation, prin
 
 
 def test_the_effects_of_the_pair_are_those_of_the_prose(beside):
-    printed = {"gate_drop": 0.54, "mrr_drop": 0.29, "forced_mrr": 0.85, "gradient_share": 0.28}
+    printed = {"gate_drop": 0.54, "mrr_drop": 0.29, "forced_mrr": 0.85, "gradient_share_with_rest": 0.28}
     found = beside.filter(pl.col("quantity").is_in(list(printed))).select("quantity", "published")
     assert dict(found.iter_rows()) == pytest.approx(printed)
 
@@ -414,6 +416,14 @@ def test_a_pair_of_one_fold_says_so_and_a_named_one_goes_first():
             beside_published({"qwen": ours}, accuracies(), REPOS, FIGURES), "qwen", "mrr_drop", "suppress head (19,12)"
         )
         assert ("prompts of fold 0 only" in (found["note"] or "")) == words
+
+
+def test_a_share_of_negative_attribution_is_said_to_be_one():
+    table = causality().with_columns(sign=pl.when(pl.col("head") == 12).then(pl.lit("-")))
+    found = beside_qwen(causality=table)
+    noted = found.filter(pl.col("note").str.contains("r is negative here"))
+    assert noted["quantity"].to_list() == ["gradient_share_with_rest"]
+    assert not beside_qwen(causality=causality())["note"].fill_null("").str.contains("r is negative").any()
 
 
 def test_a_series_without_tables_has_its_numbers_without_ours():

@@ -128,11 +128,12 @@ def causality() -> pl.DataFrame:
     base = {"step": None, "quantity": "gate_drop", "prompts": 20}
     rows = [
         base | interval(0.5) | interval(0.2, "control_") | interval(0.3, "excess_"),
+        base | {"sign": "-"} | interval(0.5) | interval(0.2, "control_") | interval(0.3, "excess_"),
         base | pair | {"fold": 1} | interval(0.6) | interval(0.2, "control_") | interval(0.4, "excess_"),
         base | pair | {"fold": 1, "gate_layer": 21} | interval(0.7),
         base | pair | {"fold": 1, "quantity": "recovery", "value": None},
     ]
-    return frame("causality", rows)
+    return frame("causality", [row | {"sign": "-"} if "head" in row else row for row in rows])
 
 
 def shared_neurons() -> pl.DataFrame:
@@ -293,8 +294,20 @@ def test_associations_are_the_strongest_that_were_tested(whole):
 def test_causality_is_pooled_first_then_by_pair(whole):
     assert rows_of(whole, "Do heads steer") == [
         ["m", "all pairs", "", "gate_drop", shown(0.5), shown(0.2), shown(0.3), "20"],
-        ["m", "H(19,12)", "E(20,59)", "gate_drop", shown(0.6), shown(0.2), shown(0.4), "20"],
-        ["m", "H(19,12)", "E(20,59)", "recovery", *[report.UNKNOWN] * 3, "20"],
+        ["m", "H(19,12)", "E(20,59) (-)", "gate_drop", shown(0.6), shown(0.2), shown(0.4), "20"],
+        ["m", "H(19,12)", "E(20,59) (-)", "recovery", *[report.UNKNOWN] * 3, "20"],
+    ]
+
+
+def test_pairs_of_either_sign_stand_apart_where_both_occur():
+    pooled = {"step": None, "quantity": "expert_gate_drop", "prompts": 20}
+    values = {None: 0.5, "+": 0.6, "-": -0.4}
+    table = frame("causality", [pooled | {"sign": sign} | interval(value) for sign, value in values.items()])
+    shown_rows = rows_of(study([Series("m", False, True, None, {"causality": table}, {})], {}, {}), "Do heads steer")
+    assert [row[1:5] for row in shown_rows] == [
+        ["all pairs", "", "expert_gate_drop", shown(0.5)],
+        ["pairs with r > 0", "", "expert_gate_drop", shown(0.6)],
+        ["pairs with r < 0", "", "expert_gate_drop", shown(-0.4)],
     ]
 
 

@@ -93,10 +93,11 @@ CAUSALITY = {
     "mrr_drop": ("mrr_drop", _HEADS, None),
     "mrr_recovered": ("forced_mrr", "other experts of the layer, forced", "read as MRR forced / clean"),
     "integrated_gradients_share_from_heads": (
-        "gradient_share",
-        "1 / number of heads",
-        "the paper's is a mean over pairs, of what whole it does not say; the one it names is H(22,13)-E(21,48), whose "
-        "head comes after its expert",
+        "gradient_share_with_rest",
+        "the mean head of the layer",
+        "the paper's is a mean over pairs, of what whole it does not say; ours is the share of the pair's head in the "
+        "attribution of all heads of its layer and what is left without them; the pair that the paper names is "
+        "H(22,13)-E(21,48), whose head comes after its expert",
     ),
 }
 _NOTHING = (None, None, None)
@@ -180,7 +181,7 @@ def _notes_on_table_1(figures: pl.DataFrame, model: str, quantity: str) -> Itera
     if quantity == "mrr":
         of_relations = figures.filter(table="8", model=model, condition="none", quantity="mrr")["value"]
         yield f"its table 8 averages to {of_relations.mean():.2f} over relations" if len(of_relations) else None
-    if quantity == "peak_layer":
+    if quantity in ("peak_layer", "peak_depth"):
         yield "the paper does not say whether it counts layers from 0 or 1; ours from 0"
     if quantity == "peak_depth" and model == "Qwen1.5-7B":
         yield "not the paper's 27.08 of 32 layers, which is 0.846"
@@ -279,8 +280,10 @@ def _effect(ours: Ours, _: pl.DataFrame, row: Mapping) -> _Found:
         return _Found(quantity, _NOTHING, absent=f"{PAIR.label} was not tested: name it in collaboration.pairs")
     null = found.select("control_value", "control_low", "control_high").row(0)
     of_fold = None if found["fold"][0] is None else f"prompts of fold {found['fold'][0]} only"
+    negative = quantity.startswith("gradient_share") and found["sign"][0] == "-"
+    of_sign = "r is negative here: of the heads' negative attribution" if negative else None
     null = _NO_NULL if null[0] is None else (*null, control)
-    return _Found(quantity, _ends(found), null, _joined([note, of_fold]))
+    return _Found(quantity, _ends(found), null, _joined([note, of_fold, of_sign]))
 
 
 _READERS = {

@@ -53,14 +53,16 @@ MODES = {"top_n": "the n heaviest", "only_rank": "the n-th alone", "drop_rank": 
 #: Quantities of ``causality``.
 EFFECTS = {
     "gate_drop": "share of what later routers give to the experts in use that is lost without the head",
-    "expert_gate_drop": "the same of the expert alone",
+    "expert_gate_drop": "the same of the expert alone (below 0: it gains); of all pairs in the direction of r",
     "mrr_drop": "share of the MRR lost without the head",
     "forced_mrr": "MRR without the head and with the expert forced, of the clean one",
-    "recovery": "share of the loss that comes back so",
-    "gradient_share": "the head's share of the positive attribution of all heads of its layer",
+    "recovery": "share of the loss that comes back so (of all pairs: of their mean loss)",
+    "gradient_share": "the head's share of the positive attribution of all heads of its layer (r < 0: of the negative)",
     "gradient_share_with_rest": "the same with what is left without heads",
     "gradient_gap": "completeness gap of the integrated gradients, of the probability (routers on the way switch)",
 }
+#: Pairs that are taken together, by the sign of r.
+POOLS = {None: "all pairs", "+": "pairs with r > 0", "-": "pairs with r < 0"}
 #: Ways to choose the leading experts of a relation.
 METHODS = {
     "top_neuron_frequency": "number of prompts in which they own one of the 100 leading FFN neurons",
@@ -295,15 +297,19 @@ def _causality(series: Sequence[Series]) -> Table:
     rows = []
     for one in series:
         table = one.table("causality").filter(pl.col("gate_layer").is_null())
-        pair = ["head_layer", "head", "layer", "expert"]
-        for row in table.sort(*pair, "fold", "quantity", nulls_last=False).iter_rows(named=True):
-            names = ("all pairs", "") if row["head"] is None else (_head(row), _expert(row))
+        if table["sign"].drop_nulls().n_unique() < 2:  # the pairs of one sign are all pairs
+            table = table.filter(pl.col("head").is_not_null() | pl.col("sign").is_null())
+        key = ["head_layer", "head", "layer", "expert", "fold", "sign", "quantity"]
+        for row in table.sort(key, nulls_last=False).iter_rows(named=True):
+            names = (POOLS[row["sign"]], "") if row["head"] is None else (_head(row), _expert(row) + _marked(row))
             cells = (_interval(*_ends(row, prefix)) for prefix in ("", "control_", "excess_"))
             rows.append([one.name, *names, row["quantity"], *cells, str(row["prompts"])])
     columns = ["series", "head", "expert", "quantity", "value", "control", "beyond it", "prompts"]
     note = " ".join(f"{quantity}: {meaning}." for quantity, meaning in EFFECTS.items())
     note = (
-        f"All with 95% intervals. {note} Controls: other heads of the layer, other experts of it, 1 / number of heads."
+        f"All with 95% intervals. (-): r is negative where the pair was found; the head should turn its expert down. "
+        f"{note} Controls: other heads of the layer, other experts of it, 1 / number of heads. Beyond it: the pair held "
+        "against its control as if it were another draw of it."
     )
     return Table("Do heads steer the routers? (section 4.3)", columns, rows, note, words=4)
 
@@ -350,6 +356,10 @@ def _head(row: Mapping) -> str:
 
 def _expert(row: Mapping) -> str:
     return f"E({row['layer']},{row['expert']})"
+
+
+def _marked(row: Mapping) -> str:
+    return " (-)" if row["sign"] == "-" else ""
 
 
 def _ends(row: Mapping, prefix: str = "") -> tuple[float | None, float | None, float | None]:

@@ -36,6 +36,7 @@ LEADING = 3
 POSITIVE, NEGATIVE = Mark("r where found, above 0", VERMILLION, hollow=True), Mark("below 0", BLUE, "v", hollow=True)
 TESTED = Mark("r on the other fold (below 0: the other sign)", BLACK, "D", size=3.2)
 NOT_FORCED = Mark("the pair, its expert not forced", ORANGE, "D", hollow=True, size=3.2)
+_SIDES = {"+": ">", "-": "<"}
 #: Quantities of ``causality``: panel, what it is, and where nothing has happened.
 EFFECTS = {
     "gate_drop": ("Later gates", "drop of the clean\ntop K, no head", 0.0),
@@ -131,22 +132,26 @@ def _null(axes: Axes, rows: pl.DataFrame, top: float, bottom: float) -> None:
 def causality(table: pl.DataFrame, title: str) -> Figure:
     """What the head of each pair does to its expert, and the expert without its head, beside the control of the pair.
 
-    ``table`` is ``causality``, ``title`` names the series. All pairs together on top; a dotted line where nothing has
-    happened. Raises PlotError where no pair was interfered with.
+    ``table`` is ``causality``, ``title`` names the series. On top all pairs together, and those of each sign of r where
+    there are both; a dotted line where nothing has happened. Raises PlotError where no pair was interfered with.
     """
     table = last(table, "causality", title).filter(pl.col("gate_layer").is_null())
+    signs = table["sign"].drop_nulls().unique()
+    if len(signs) < 2:  # the pairs of one sign are all pairs
+        table = table.filter(pl.col("head").is_not_null() | pl.col("sign").is_null())
     shown = [name for name in EFFECTS if table.filter(quantity=name)["value"].is_not_null().any()]
     if not shown:
         raise PlotError(f"causality of {title}: no pair was interfered with; find pairs first, or name some in config")
-    table = table.sort(*PAIR, "fold", nulls_last=False)
-    pairs = table.select(*PAIR, "fold").unique(maintain_order=True).rows()
-    labels = [pair_name(pair[:4]) + ("" if pair[4] is None else f" · {pair[4]}") for pair in pairs]
+    key = [*PAIR, "fold", "sign"]
+    table = table.sort(key, nulls_last=False)
+    pairs = table.select(key).unique(maintain_order=True).rows()
+    labels = [pair_name(pair, sign) + ("" if fold is None else f" · {fold}") for *pair, fold, sign in pairs]
     figure = Figure(figsize=(WIDTH, 1.8 + max(0.8, 0.22 * len(pairs))), layout="constrained")
     suptitle(figure, f"What a head does to its expert: {title}", table)
     panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
     for axes, name in zip(panels, shown, strict=True):
         rows, (heading, quantity, nothing) = table.filter(quantity=name), EFFECTS[name]
-        places = np.array([pairs.index(pair) for pair in rows.select(*PAIR, "fold").iter_rows()])
+        places = np.array([pairs.index(pair) for pair in rows.select(key).iter_rows()])
         stripes(axes, len(pairs))
         spots(axes, rows, places - 0.17, Mark("the pair", VERMILLION))
         if name == "gradient_share":
@@ -156,7 +161,7 @@ def causality(table: pl.DataFrame, title: str) -> Figure:
         if name == "forced_mrr":
             suppressed = rows.join(
                 table.filter(quantity="mrr_drop"),
-                on=[*PAIR, "fold"],
+                on=key,
                 nulls_equal=True,
                 how="left",
                 maintain_order="left",
@@ -169,14 +174,17 @@ def causality(table: pl.DataFrame, title: str) -> Figure:
         axes.xaxis.set_major_locator(MaxNLocator(nbins=3))
     for label, pair in zip(panels[0].get_yticklabels(), pairs, strict=True):
         label.set_fontweight("bold" if pair[0] is None else "normal")
-    note = "· 0, · 1: tested on this fold of subjects, found on the other."
-    shared_legend(figure, panels, note if table["fold"].is_not_null().any() else "")
+    notes = ["· 0, · 1: tested on this fold of subjects, found on the other."] * table["fold"].is_not_null().any()
+    if "-" in signs:
+        notes.append("(-): r < 0, the head should turn its expert down; of all pairs, its gate in the direction of r.")
+    shared_legend(figure, panels, "\n".join(notes))
     return figure
 
 
-def pair_name(pair: Sequence[int | None]) -> str:
-    """H3.1 > E5.17 of (head_layer, head, layer, expert); nulls stand for all pairs."""
+def pair_name(pair: Sequence[int | None], sign: str | None = None) -> str:
+    """H3.1 > E5.17 of (head_layer, head, layer, expert), marked where its r is negative; nulls stand for all pairs, or
+    those of a sign."""
     if pair[0] is None:
-        return "all pairs"
+        return "all pairs" if sign is None else f"r {_SIDES[sign]} 0"
     head_layer, head, layer, expert = pair
-    return f"H{head_layer}.{head} > E{layer}.{expert}"
+    return f"H{head_layer}.{head} > E{layer}.{expert}" + " (-)" * (sign == "-")
