@@ -308,8 +308,8 @@ def _causality(series: Sequence[Series]) -> Table:
     note = " ".join(f"{quantity}: {meaning}." for quantity, meaning in EFFECTS.items())
     note = (
         f"All with 95% intervals. (-): r is negative where the pair was found; the head should turn its expert down. "
-        f"{note} Controls: other heads of the layer, other experts of it, 1 / number of heads. Beyond it: the pair held "
-        "against its control as if it were another draw of it."
+        f"{note} Controls: other heads of the layer, other experts of it, 1 / number of heads. Beyond it: the pair "
+        "held against its control as if it were another draw of it."
     )
     return Table("Do heads steer the routers? (section 4.3)", columns, rows, note, words=4)
 
