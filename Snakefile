@@ -14,6 +14,7 @@ include: "workflow/rules/checkpoints.smk"
 include: "workflow/rules/attribution.smk"
 include: "workflow/rules/ablation.smk"
 include: "workflow/rules/dynamics.smk"
+include: "workflow/rules/collaboration_common.smk"
 include: "workflow/rules/collaboration.smk"
 include: "workflow/rules/report.smk"
 

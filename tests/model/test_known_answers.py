@@ -161,11 +161,11 @@ def test_a_random_control_costs_what_it_happens_to_hold(case):
     parts, _ = expert_sets.parts(known.prompts)
     hits = {layer: np.zeros((len(parts), handmade.EXPERTS), dtype=int) for layer in (0, 1)}
     plan, _ = expert_sets.plan(importance, "top_neuron_frequency", parts, hits)
-    chosen = {(one.size, one.seed): one.sets[parts[0]] for one in plan if one.control == "random"}
+    chosen = {(one.size, one.seed): one.sets for one in plan if one.control == "random"}
     summary = collaboration.blocking(None, found["expert_interventions"], known.prompts)
     of_seeds = {name: [] for name in handmade.TEMPLATES}
-    for (size, seed), experts in chosen.items():
-        gone = {name for name in ("capital", "speech") if getattr(places, name)[2:] in experts}
+    for (size, seed), sets in chosen.items():
+        gone = {name for name in ("capital", "speech") if getattr(places, name)[2:] in sets[name, 0]}
         names = {"experiment": "blocking", "control": "random", "semantics": "zero_weight", "size": size, "seed": seed}
         assert lost(answered(found, **names)) == gone
         for name, seeds in of_seeds.items():

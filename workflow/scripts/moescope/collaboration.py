@@ -22,6 +22,8 @@ from moescope.selection import FOLDS
 from moescope.statistics import percentiles
 from moescope.steps import step_name
 
+#: Results of two passes that differ by less are those of the same computation (nats).
+SAME = 1e-4
 _BUDGET = ("mode", "size", "weights", "shared")
 
 
@@ -225,11 +227,10 @@ def _intervals(draws: np.ndarray) -> np.ndarray:
 
 def _apart(values: np.ndarray, clean: np.ndarray, inside: np.ndarray) -> np.ndarray:
     """Which seeds of a control, values [seeds, prompts, metrics], are draws of their own: the first of those that ran
-    the same inside a scope, and all that changed nothing there."""
-    runs = values[:, inside].reshape(len(values), -1)
-    _, first = np.unique(runs, axis=0, return_index=True)
-    idle = np.flatnonzero((runs == clean[inside].ravel()).all(axis=1))
-    return np.union1d(first, idle)
+    the same inside a scope, and all that changed nothing there, but for what passes round (``SAME``)."""
+    runs = (values[:, inside] - clean[inside]).reshape(len(values), -1)
+    _, first = np.unique(np.round(runs / SAME), axis=0, return_index=True)
+    return np.union1d(first, np.flatnonzero((np.abs(runs) < SAME).all(axis=1)))
 
 
 def _p(selection: np.ndarray, seeds: np.ndarray) -> list[float | None]:
