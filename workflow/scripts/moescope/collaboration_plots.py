@@ -198,10 +198,9 @@ def budget(table: pl.DataFrame, title: str) -> Figure:
     ``table`` is ``budgets``, ``title`` names the series. Dashed and hollow: the weights of the clean run, where they
     give anything else than those of the family's rule. Raises PlotError where no budget was run.
     """
-    table = last(table, "routing budget", title).filter(scope="all", average="micro")
+    none = "no slots were left out; name some in collaboration.budgets"
+    table = last(table, "routing budget", title, none).filter(scope="all", average="micro")
     shown = [mode for mode in MODES if mode in table["mode"]]
-    if not shown:
-        raise PlotError(f"routing budget of {title}: no slots were left out; run the interventions on experts first")
     figure = Figure(figsize=(WIDTH, 4.9), layout="constrained")
     suptitle(figure, f"Fewer routing slots: {title}", table)
     grid = figure.subplots(len(METRICS), len(shown), squeeze=False, sharex="col", sharey="row")

@@ -135,13 +135,14 @@ def causality(table: pl.DataFrame, title: str) -> Figure:
     ``table`` is ``causality``, ``title`` names the series. On top all pairs together, and those of each sign of r where
     there are both; a dotted line where nothing has happened. Raises PlotError where no pair was interfered with.
     """
-    table = last(table, "causality", title).filter(pl.col("gate_layer").is_null())
+    none = "no pair was interfered with; find some (collaboration.strongest) or name some (collaboration.pairs)"
+    table = last(table, "causality", title, none).filter(pl.col("gate_layer").is_null())
     signs = table["sign"].drop_nulls().unique()
     if len(signs) < 2:  # the pairs of one sign are all pairs
         table = table.filter(pl.col("head").is_not_null() | pl.col("sign").is_null())
     shown = [name for name in EFFECTS if table.filter(quantity=name)["value"].is_not_null().any()]
     if not shown:
-        raise PlotError(f"causality of {title}: no pair was interfered with; find pairs first, or name some in config")
+        raise PlotError(f"causality of {title}: nothing has a value; ask facts that the model knows")
     key = [*PAIR, "fold", "sign"]
     table = table.sort(key, nulls_last=False)
     pairs = table.select(key).unique(maintain_order=True).rows()

@@ -147,7 +147,7 @@ def shape_of(config: Mapping[str, Any], tensors: Iterable[Iterable[int]] = ()) -
     shared = shape.pop("shared")
     if not shape["experts"]:
         shape |= {"experts": 0, "K": 0, "I": _first(config, ("intermediate_size", "n_inner", "ffn_dim"))}
-    elif shared and not shape["shared_I"]:
+    elif shared and shape["I"] and not shape["shared_I"]:
         shape["shared_I"] = shared * shape["I"]
     shape["shared_I"] = shape["shared_I"] or 0
     return shape | {"parameters": sum(map(math.prod, tensors)) or None}

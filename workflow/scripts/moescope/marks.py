@@ -33,13 +33,15 @@ class Mark:
     size: float = 4.0
 
 
-def last(table: pl.DataFrame, figure: str, title: str) -> pl.DataFrame:
+def last(
+    table: pl.DataFrame, figure: str, title: str, why: str = "the table is empty; there is no checkpoint to draw"
+) -> pl.DataFrame:
     """The rows of the last checkpoint; one without a step (``main``) is drawn only where it stands alone.
 
-    Raises PlotError where there is none.
+    Raises PlotError where there is none, saying ``why``.
     """
     if table.is_empty():
-        raise PlotError(f"{figure} of {title}: the table is empty; there is no checkpoint to draw")
+        raise PlotError(f"{figure} of {title}: {why}")
     return table.filter(pl.col("step").eq_missing(table["step"].max()))
 
 
