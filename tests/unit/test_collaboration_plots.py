@@ -496,11 +496,11 @@ EMPTY = {
     "efficiency": (nulled(efficiency_table()), "score a checkpoint"),
     "gain_curves": ({}, "score a checkpoint"),
     "relation_accuracy": (relation_accuracy_table(relations=()), "score a checkpoint"),
-    "budget": (budgets_table().clear(), "no checkpoint"),
+    "budget": (budgets_table().clear(), "name some in collaboration.budgets"),
     "blocking": (nulled(blocking_table()), "no loss is available"),
     "expert_overlap": (expert_overlap_table(methods=METHODS[:1], published=False), "second method"),
     "association": (associations_table().clear(), "add facts"),
-    "causality": (nulled(causality_table()), "find pairs first"),
+    "causality": (nulled(causality_table()), "ask facts that the model knows"),
     "neuron_types": (neuron_types_table(kinds=("routed",)), "one kind"),
     "neuron_overlap": (nulled(neuron_overlap_table()), "add facts"),
 }

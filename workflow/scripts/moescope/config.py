@@ -299,8 +299,8 @@ def _check_collaboration(config: dict) -> None:
             raise ConfigError(f"collaboration.pairs[{i}]: {error}") from None
     if "collaboration" in config["studies"] and config["attribution"]["uncertainty"] != "groups":
         raise ConfigError(
-            "studies: collaboration needs the leading neurons of each prompt; set attribution.uncertainty to groups, or "
-            "leave the study out"
+            "studies: collaboration needs the leading neurons of each prompt; set attribution.uncertainty to groups, "
+            "or leave the study out"
         )
     for mode, sizes in asked["budgets"].items():
         if mode != "top_n" and sizes != "all" and 0 in sizes:
