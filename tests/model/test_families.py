@@ -143,7 +143,7 @@ def test_a_router_comes_back_after_an_exception(case: families.Case, how: str, e
         raise error
 
     last = decomposition.layers[-1].register_forward_pre_hook(interrupt)
-    with pytest.raises(error), interventions.min_logit(decomposition, {layer: [2]}), intervene():
+    with pytest.raises(error), interventions.zero_weight(decomposition, {layer: [2]}), intervene():
         families.logits(case.model)
     last.remove()
     assert torch.equal(families.logits(case.model), families.case_logits(case))

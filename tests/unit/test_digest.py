@@ -91,7 +91,7 @@ def test_what_each_stage_depends_on():
     assert {name for name, modules in behind.items() if "moescope.ablation_plots" in modules} == {"ablation_figures"}
     overlaid = {"comparison_figure", "sparsity_figure"}
     assert {name for name, modules in behind.items() if "moescope.comparison_plots" in modules} == overlaid
-    models = {"attribute", "ablate", "mask_dense"}
+    models = {"attribute", "ablate", "mask_dense", "intervene"}
     assert {name for name, modules in behind.items() if "moescope.lpi" in modules} == models
     assert {name for name, modules in behind.items() if "moescope.ablation" in modules} == {"ablate"}
     assert {name for name, modules in behind.items() if "moescope.dynamics" in modules} == {

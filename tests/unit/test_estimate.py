@@ -304,14 +304,14 @@ def test_passes_of_budgets_and_blocking(shared: int, seeds: int):
 
     parts = [(relation, fold) for relation in "abc" for fold in (0, 1)]
     rows = [
-        (relation, "m", fold, rank, rank % 2, 8 * "abc".index(relation) + rank // 2, 1.0)
+        (relation, "summed_lpi", fold, rank, rank % 2, 8 * "abc".index(relation) + rank // 2, 1.0)
         for relation in "abc"
         for fold in (None, 0, 1)
         for rank in range(1, 11)
     ]
     columns = ["relation", "method", "fold", "rank", "layer", "expert", "importance"]
     hits = {layer: np.arange(6 * 48).reshape(6, 48) for layer in (0, 1)}
-    found, left_out = expert_sets.plan(pl.DataFrame(rows, columns, orient="row"), "m", parts, hits, seeds)
+    found, left_out = expert_sets.plan(pl.DataFrame(rows, columns, orient="row"), "summed_lpi", parts, hits, seeds)
     assert not left_out
     passes = costs.experiments(shape, 3, asked)
     assert passes.total() == 2 + len(run) + 4 * len(found)
