@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from moescope.report import UNKNOWN, Drawing, Study, Table
+from moescope.report import UNKNOWN, Drawing, Study, Table, interval, number
 
 #: Figures in the order of the page: those over all series first.
 FIGURES = {
@@ -179,7 +179,7 @@ def _efficiency(series: Sequence[Series], table: pl.DataFrame) -> Iterable[Table
         note = "Value and 95% interval (bootstrap over subjects), all prompts, micro. Layers count from 0."
         yield Table("Efficiency", ["quantity", *found], rows, note)
     beside = [
-        [name, EFFICIENCY[row["quantity"]], _interval(*_ends(row)), _number(row["published"]), row["note"] or ""]
+        [name, EFFICIENCY[row["quantity"]], interval(*_ends(row)), number(row["published"]), row["note"] or ""]
         for name, frame in found.items()
         for row in frame.filter(pl.col("published").is_not_null()).iter_rows(named=True)
     ]
@@ -222,7 +222,7 @@ def _blocking(series: Sequence[Series]) -> Table:
             random = here.filter(control="random").sort("crossfit", descending=True).head(1)
             excess = _cell(fitted.filter(control="matched"), "excess_")
             in_sample = _cell(here.filter(~pl.col("crossfit"), control="none"))
-            named = (one.name, semantics, average, str(size), _number(here["clean"][0]))
+            named = (one.name, semantics, average, str(size), number(here["clean"][0]))
             rows.append([*named, *cells, _cell(random), excess, in_sample, str(here["prompts"].max())])
     columns = ["series", "blocked by", "average", "experts", "clean MRR", "lost, cross-fitted", "matched control"]
     columns += ["random control", "beyond matched", "lost, in-sample", "prompts"]
@@ -261,7 +261,7 @@ def _overlap(overlap: pl.DataFrame | None, relation: str, method: str) -> list[s
         return [UNKNOWN] * 4
     row = found.row(0, named=True)
     common = f"{row['common']} of {row['other_size']}"
-    return [common, *(_number(row[name]) for name in ("chance", "chance_given_layers", "p"))]
+    return [common, *(number(row[name]) for name in ("chance", "chance_given_layers", "p"))]
 
 
 def _associations(series: Sequence[Series]) -> Table:
@@ -272,7 +272,7 @@ def _associations(series: Sequence[Series]) -> Table:
         shown = tested if len(tested) else table
         order = [-pl.col("r").abs(), "head_layer", "head", "layer", "expert", "fold"]
         for row in shown.sort(order).head(PAIRS).iter_rows(named=True):
-            numbers = (_number(row[name]) for name in ("r", "p", "null_95", "r_tested", "p_tested"))
+            numbers = (number(row[name]) for name in ("r", "p", "null_95", "r_tested", "p_tested"))
             counts = (f"{row[name]:,}" for name in ("pairs", "prompts"))
             rows.append([one.name, _head(row), _expert(row), *numbers, _replicated(row), *counts])
     columns = ["series", "head", "expert", "r", "p", "95% of largest", "r, other fold", "p there", "replicated"]
@@ -302,7 +302,7 @@ def _causality(series: Sequence[Series]) -> Table:
         key = ["head_layer", "head", "layer", "expert", "fold", "sign", "quantity"]
         for row in table.sort(key, nulls_last=False).iter_rows(named=True):
             names = (POOLS[row["sign"]], "") if row["head"] is None else (_head(row), _expert(row) + _marked(row))
-            cells = (_interval(*_ends(row, prefix)) for prefix in ("", "control_", "excess_"))
+            cells = (interval(*_ends(row, prefix)) for prefix in ("", "control_", "excess_"))
             rows.append([one.name, *names, row["quantity"], *cells, str(row["prompts"])])
     columns = ["series", "head", "expert", "quantity", "value", "control", "beyond it", "prompts"]
     note = " ".join(f"{quantity}: {meaning}." for quantity, meaning in EFFECTS.items())
@@ -333,7 +333,7 @@ def _beside_published(table: pl.DataFrame) -> Table:
     rows = [
         [
             *(row["series"], row["table"], row["quantity"], row["relation"] or "", row["condition"]),
-            *(_interval(*_ends(row)), _number(row["published"]), _interval(*_ends(row, "null_"))),
+            *(interval(*_ends(row)), number(row["published"]), interval(*_ends(row, "null_"))),
             *(row["null"] or UNKNOWN, row["note"] or ""),
         ]
         for row in table.iter_rows(named=True)
@@ -368,14 +368,4 @@ def _ends(row: Mapping, prefix: str = "") -> tuple[float | None, float | None, f
 
 def _cell(found: pl.DataFrame, prefix: str = "") -> str:
     """The one value in these rows with its interval; a dash for no rows."""
-    return UNKNOWN if found.is_empty() else _interval(*_ends(found.row(0, named=True), prefix))
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None or low is None:
-        return _number(value)
-    return f"{value:.3f} [{low:.3f}, {high:.3f}]"
-
-
-def _number(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.3f}"
+    return UNKNOWN if found.is_empty() else interval(*_ends(found.row(0, named=True), prefix))

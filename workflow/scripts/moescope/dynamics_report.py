@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from moescope.report import UNKNOWN, Drawing, Study, Table
+from moescope.report import UNKNOWN, Drawing, Study, Table, interval
 
 #: Figures in the order of the page: those over all series first.
 FIGURES = {
@@ -133,8 +133,8 @@ def _paper_table(table: pl.DataFrame, heading: str, source: str) -> Table:
     rows = [
         [
             *(row["series"], row["component"], row["quantity"], row["condition"]),
-            _interval(row["value"], row["low"], row["high"]),
-            _interval(row["null_value"], row["null_low"], row["null_high"]),
+            interval(row["value"], row["low"], row["high"]),
+            interval(row["null_value"], row["null_low"], row["null_high"]),
             row["null"] or UNKNOWN,
             str(row["checkpoints"]),
             UNKNOWN if row["published"] is None else f"{row['published']:.3f}",
@@ -154,7 +154,7 @@ def _sparsity_table(table: pl.DataFrame) -> Table:
     rows = [
         [
             *(row["claim"], row["test"], row["moe"], row["dense"]),
-            *(_interval(*(row[f"{one}_{end}"] for end in ("value", "low", "high"))) for one in _SIDES),
+            *(interval(*(row[f"{one}_{end}"] for end in ("value", "low", "high"))) for one in _SIDES),
             said[row["exceeds"]],
             str(row["pairs"]),
         ]
@@ -180,7 +180,7 @@ def _faithfulness_table(series: Sequence[Series]) -> Table:
         last = table.filter(pl.col("step") == table["step"].max())
         for (kind,), part in last.partition_by("kind", as_dict=True, maintain_order=True).items():
             found = {row["score"]: row for row in part.iter_rows(named=True)}
-            cells = [_interval(*(found[score][end] for end in ("value", "low", "high"))) for score in SCORES]
+            cells = [interval(*(found[score][end] for end in ("value", "low", "high"))) for score in SCORES]
             rows.append([one.name, kind, f"{part['step'][0]:,}", str(part["neurons"][0]), *cells])
     note = (
         "Spearman correlation, over sampled neurons, of each score with what really happens to log p(target) when the "
@@ -188,9 +188,3 @@ def _faithfulness_table(series: Sequence[Series]) -> Table:
     )
     columns = ["series", "neurons of kind", "step", "neurons", *SCORES.values()]
     return Table("Faithfulness of the score at the last ablated checkpoint", columns, rows, note, words=2)
-
-
-def _interval(value: float | None, low: float | None, high: float | None) -> str:
-    if value is None:
-        return UNKNOWN
-    return f"{value:.3f}" if low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"

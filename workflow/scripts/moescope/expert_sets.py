@@ -22,7 +22,6 @@ logger = logging.getLogger(__name__)
 
 #: How many of the leading experts are blocked.
 SIZES = (1, 5, 10)
-CONTROLS = ("none", "random", "matched")
 
 Expert = tuple[int, int]
 #: A relation and the fold that its prompts belong to: what an expert set can be chosen by.

@@ -119,6 +119,16 @@ class Study:
     figures: Sequence[Drawing]
 
 
+def number(value: float | None) -> str:
+    """A number in a table, a dash where there is none."""
+    return UNKNOWN if value is None else f"{value:.3f}"
+
+
+def interval(value: float | None, low: float | None, high: float | None) -> str:
+    """A number with its interval, where there is one."""
+    return number(value) if value is None or low is None else f"{value:.3f} [{low:.3f}, {high:.3f}]"
+
+
 def build(series: Sequence[Series], folder: str | os.PathLike, studies: Sequence[Study] = ()) -> str:
     """The page, from the template and the captions in ``folder``.
 
