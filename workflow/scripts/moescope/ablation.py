@@ -183,11 +183,9 @@ def _written(decomposition: Decomposition, record: LayerTrace, targets: list[Tar
 
 
 def _clean_rows(run: CleanRun) -> pl.DataFrame:
-    logits, target = run.trace.logits, run.target
-    rank = 1 + (logits > logits.gather(1, target[:, None])).sum(1)
-    nothing = selection.Intervention("none", "0", None, "none", None, None, np.empty(0), np.arange(len(target)))
-    log_prob = logits.double().log_softmax(-1).gather(1, target[:, None])[:, 0]
-    return _rows(run, nothing, log_prob.cpu().numpy(), rank.cpu().numpy(), np.zeros(len(target)))
+    everyone = np.arange(len(run.prompts))
+    nothing = selection.Intervention("none", "0", None, "none", None, None, np.empty(0), everyone)
+    return _rows(run, nothing, *run.answers(), np.zeros(len(everyone)))
 
 
 def _rows(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import polars as pl
 import torch
 from torch import Tensor, nn
@@ -73,6 +74,12 @@ class CleanRun:
         """What asks for care when the scores of this model are read (``docs/families.md``)."""
         capped = ["soft-capped logits"] if self.readout.unembedding.cap is not None else []
         return self.trace.remarks() + capped
+
+    def answers(self) -> tuple[np.ndarray, np.ndarray]:
+        """log p(target) (nats, float64) and its rank among all tokens, from 1, in the model's own logits: [P] each."""
+        logits, target = self.trace.logits, self.target[:, None]
+        rank = 1 + (logits > logits.gather(1, target)).sum(1)
+        return logits.double().log_softmax(-1).gather(1, target)[:, 0].cpu().numpy(), rank.cpu().numpy()
 
     @property
     def decomposition(self) -> Decomposition:

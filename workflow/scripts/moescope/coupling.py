@@ -66,6 +66,8 @@ def suppress_and_force(
         pair.require_causal()
         own = interventions.head(decomposition, pair.head_layer, pair.head)
         interventions.Target(pair.layer, "routed", [0], pair.expert).site(decomposition)
+        if passes.layer != pair.head_layer:
+            zeroed.clear()  # controls are heads of one layer; what routers said without them is large
         passes.start_at(pair.head_layer)
         others = _others(decomposition.at(pair.head_layer, "attn")[0].heads, pair.head, seeds, [seed, *pair[:2]])
         for head, control in [(pair.head, {"control": "none"}), *_controls(others)]:

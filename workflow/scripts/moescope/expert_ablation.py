@@ -74,10 +74,7 @@ def require_experts(run: CleanRun) -> None:
 
 def add_clean(found: Interventions, run: CleanRun) -> None:
     """The run that nothing interferes with."""
-    logits, target = run.trace.logits, run.target
-    rank = 1 + (logits > logits.gather(1, target[:, None])).sum(1)
-    log_prob = logits.double().log_softmax(-1).gather(1, target[:, None])[:, 0]
-    found.add(log_prob.cpu().numpy(), rank.cpu().numpy(), np.ones(len(target), bool), experiment="clean")
+    found.add(*run.answers(), np.ones(len(run.prompts), dtype=bool), experiment="clean")
 
 
 # --- budgets
